@@ -1,0 +1,15 @@
+//! Every decision of the Culvert agent, as pure functions of an immutable snapshot.
+//!
+//! Nothing here opens a socket, reads a clock or draws a random number by itself: the shell
+//! (`culvert-agent`) brings those in. A module imports only those declared above it.
+
+#![forbid(unsafe_code)]
+
+pub mod addr;
+pub mod identity;
+pub mod workload;
+
+pub mod service;
+
+pub mod authorization;
+pub mod snapshot;
