@@ -85,12 +85,13 @@ impl<'a> Destination<'a> {
         }
     }
 
-    /// Whether a peer of this identity belongs to it.
-    pub fn has_identity(self, snapshot: &'a Snapshot, identity: &Identity) -> bool {
+    /// Of its peers: the identities that the service names, and those of its workloads.
+    pub fn identities(self, snapshot: &'a Snapshot) -> impl Iterator<Item = Identity> {
         let named = match self {
-            Destination::Service(service) => service.identities().any(|other| other == *identity),
-            Destination::Workload(_) | Destination::Unknown => false,
+            Destination::Service(service) => Some(service.identities()),
+            Destination::Workload(_) | Destination::Unknown => None,
         };
-        named || self.workloads(snapshot).iter().any(|workload| workload.identity() == *identity)
+        let own = self.workloads(snapshot).into_iter().map(|workload| workload.identity());
+        named.into_iter().flatten().chain(own)
     }
 }

@@ -99,3 +99,12 @@ impl<T, E> From<Result<T, Stop<E>>> for Step<Result<T, E>> {
         }
     }
 }
+
+impl<E> Stop<E> {
+    pub fn map<F>(self, wrap: impl FnOnce(E) -> F) -> Stop<F> {
+        match self {
+            Stop::Need(need) => Stop::Need(need),
+            Stop::Failed(error) => Stop::Failed(wrap(error)),
+        }
+    }
+}
