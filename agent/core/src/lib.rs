@@ -24,3 +24,6 @@ pub mod route;
 pub mod authorize;
 
 pub mod admit;
+
+#[cfg(test)]
+mod fixtures;
