@@ -14,6 +14,7 @@ use serde::de::{self, Deserializer, SeqAccess, Visitor};
 
 use super::place::{FieldPath, Step};
 use super::scalar::Text;
+use crate::config::StatedMesh;
 
 /// How long certificates of the embedded CA live unless the file says otherwise.
 const DEFAULT_TTL: Duration = Duration::from_secs(24 * 60 * 60);
@@ -50,6 +51,17 @@ pub struct PodSettings {
     pub exclude_outbound_ports: Vec<u16>,
     pub exclude_outbound_cidrs: Vec<IpNet>,
     pub exclude_inbound_ports: Vec<u16>,
+}
+
+impl CulvertSection {
+    /// What the file says of the mesh, for comparison with the environment.
+    pub fn stated(&self) -> StatedMesh {
+        StatedMesh {
+            trust_domain: self.trust_domain.clone(),
+            network: self.network.clone(),
+            cluster_id: self.cluster_id.clone(),
+        }
+    }
 }
 
 /// How the file names a network namespace.
