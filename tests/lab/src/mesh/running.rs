@@ -1,0 +1,146 @@
+//! A mesh in its lab.
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::yaml::{self, Facts};
+use super::{Mesh, PodSpec};
+use crate::agent::{Agent, AgentOptions};
+use crate::lab::{Lab, Node, Pod};
+use crate::wire::Wire;
+
+/// Long enough for an agent to load its programs on a loaded machine.
+const START: Duration = Duration::from_secs(30);
+
+/// The namespaces of a mesh, with the file that describes it to the agents.
+#[derive(Debug)]
+pub struct Running {
+    mesh: Mesh,
+    nodes: Vec<Node>,
+    pods: Vec<Pod>,
+    lab: Lab,
+}
+
+impl Running {
+    pub(super) fn start(mesh: Mesh) -> Result<Self> {
+        let lab = Lab::new(mesh.attach)?;
+        let mut running = Self { mesh, nodes: Vec::new(), pods: Vec::new(), lab };
+        for name in running.mesh.nodes.clone() {
+            running.nodes.push(running.lab.node(&name)?);
+        }
+        for spec in running.mesh.pods.clone() {
+            running.pods.push(running.lab.pod(&spec.node, &spec.name)?);
+        }
+        running.write_config()?;
+        Ok(running)
+    }
+
+    /// The lab below.
+    pub fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    /// The lab below, to keep it.
+    pub fn lab_mut(&mut self) -> &mut Lab {
+        &mut self.lab
+    }
+
+    /// The description, as it stands.
+    pub fn description(&self) -> &Mesh {
+        &self.mesh
+    }
+
+    /// A node by its name. Panics when the mesh has none of that name.
+    pub fn node(&self, name: &str) -> &Node {
+        let found = self.nodes.iter().find(|node| node.name() == name);
+        found.unwrap_or_else(|| panic!("the mesh has no node {name}"))
+    }
+
+    /// A pod by its name. Panics when the mesh has none of that name.
+    pub fn pod(&self, name: &str) -> &Pod {
+        let found = self.pods.iter().find(|pod| pod.name() == name);
+        found.unwrap_or_else(|| panic!("the mesh has no pod {name}"))
+    }
+
+    /// A pod's description by its name. Panics when the mesh has none of that name.
+    pub fn spec(&self, name: &str) -> &PodSpec {
+        let found = self.mesh.pods.iter().find(|pod| pod.name == name);
+        found.unwrap_or_else(|| panic!("the mesh has no pod {name}"))
+    }
+
+    /// Both virtual addresses of a service. Panics when the mesh has none of that name.
+    pub fn service(&self, name: &str) -> [IpAddr; 2] {
+        let found = self.mesh.services.iter().position(|service| service.name == name);
+        virtual_addresses(found.unwrap_or_else(|| panic!("the mesh has no service {name}")))
+    }
+
+    /// The configuration file that all agents read.
+    pub fn config(&self) -> PathBuf {
+        self.lab.state().join("mesh.yaml")
+    }
+
+    /// The folder of the embedded CA, shared by all nodes.
+    pub fn ca(&self) -> PathBuf {
+        self.lab.state().join("ca")
+    }
+
+    /// Changes the description and writes the file anew, in one step as editors do.
+    pub fn change(&mut self, change: impl FnOnce(&mut Mesh)) -> Result<()> {
+        change(&mut self.mesh);
+        self.write_config()
+    }
+
+    /// Adds a pod to a node while the mesh runs.
+    pub fn add_pod(&mut self, node: &str, spec: PodSpec) -> Result<()> {
+        self.pods.push(self.lab.pod(node, &spec.name)?);
+        self.mesh.pods.push(PodSpec { node: node.to_owned(), ..spec });
+        self.write_config()
+    }
+
+    /// Removes a pod from the file and then its namespace with the processes in it.
+    pub fn remove_pod(&mut self, name: &str) -> Result<()> {
+        self.mesh.pods.retain(|spec| spec.name != name);
+        self.write_config()?;
+        let at = self.pods.iter().position(|pod| pod.name() == name);
+        let pod = self.pods.remove(at.with_context(|| format!("the mesh has no pod {name}"))?);
+        self.lab.remove_pod(&pod)
+    }
+
+    /// Starts the agent of a node and waits until it is ready.
+    pub fn agent(&self, node: &str, binary: &Path) -> Result<Agent> {
+        self.agent_with(node, &AgentOptions::new(binary, &self.config()))
+    }
+
+    /// Starts the agent of a node in a given way and waits until it is ready.
+    pub fn agent_with(&self, node: &str, options: &AgentOptions) -> Result<Agent> {
+        let mut agent = Agent::start(&self.lab, self.node(node), options)?;
+        agent.wait_ready(START)?;
+        Ok(agent)
+    }
+
+    /// Begins to record what passes between two nodes.
+    pub fn wire(&self, one: &str, other: &str) -> Result<Wire> {
+        self.lab.wire(self.node(one), self.node(other))
+    }
+
+    fn write_config(&self) -> Result<()> {
+        let addresses = (0..self.mesh.services.len())
+            .map(|index| virtual_addresses(index).map(|address| address.to_string()))
+            .collect();
+        let text = yaml::print(&self.mesh, &Facts { pods: &self.pods, ca: &self.ca(), addresses });
+        let new = self.lab.state().join("mesh.yaml.new");
+        fs::write(&new, text).with_context(|| format!("writing {}", new.display()))?;
+        fs::rename(&new, self.config()).context("putting the new configuration in place")
+    }
+}
+
+fn virtual_addresses(index: usize) -> [IpAddr; 2] {
+    let last = 10 + index as u8;
+    let v4 = Ipv4Addr::new(10, 96, 0, last);
+    let v6 = Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, u16::from(last));
+    [v4.into(), v6.into()]
+}
