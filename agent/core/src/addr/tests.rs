@@ -19,8 +19,18 @@ fn authorities_are_an_address_or_a_host_with_a_port() {
         assert_eq!(text.parse(), Ok(expected), "{text}");
     }
     let refused = [
-        "10.1.0.7", "", ":80", "host", "host:", "host:+80", "host:65536", "ho st:80", "fd00::1:80",
-        "https://host:80", "user@host:80", "höst:80",
+        "10.1.0.7",
+        "",
+        ":80",
+        "host",
+        "host:",
+        "host:+80",
+        "host:65536",
+        "ho st:80",
+        "fd00::1:80",
+        "https://host:80",
+        "user@host:80",
+        "höst:80",
     ];
     for text in refused {
         assert!(text.parse::<Authority>().is_err(), "{text}");

@@ -31,8 +31,7 @@ fn admitted(
 ) -> Result<Admission, Refusal> {
     let enrolled = Enrolled::default();
     let answers = Answers::default();
-    let view =
-        View { snapshot, network: "n1", node: "", enrolled: &enrolled, answers: &answers };
+    let view = View { snapshot, network: "n1", node: "", enrolled: &enrolled, answers: &answers };
     let inbound = Inbound {
         local,
         addressed: "10.1.0.7".parse().unwrap(),
@@ -83,7 +82,8 @@ fn requests_are_answered_as_the_vectors_say() {
 #[test]
 fn a_waypoint_without_a_tunnel_takes_what_it_stands_before() {
     let local = pod("shop", "wp", &["10.1.0.7"]).behind("shop/waypoint.shop", &[]);
-    let bound = |reference| Workload { waypoint: Some(reference), ..pod("shop", "x", &["10.1.0.9"]) };
+    let bound =
+        |reference| Workload { waypoint: Some(reference), ..pod("shop", "x", &["10.1.0.9"]) };
     let mesh = snapshot(
         [local.clone(), bound(by_hostname("shop/waypoint.shop"))],
         [
@@ -109,7 +109,9 @@ fn a_waypoint_without_a_tunnel_takes_what_it_stands_before() {
     let refused = "400 ip mismatch: 10.1.0.7 != 10.1.0.9";
     let by_own_address = mesh.with([Change::Workload(bound(by_address("n1", "10.1.0.7")))]);
     assert_eq!(line(&by_own_address, &local, "10.1.0.9:8080"), dialled(8080));
-    for elsewhere in [by_hostname("shop/api.shop"), by_hostname("shop/lost.shop"), by_address("n1", "10.1.0.9")] {
+    for elsewhere in
+        [by_hostname("shop/api.shop"), by_hostname("shop/lost.shop"), by_address("n1", "10.1.0.9")]
+    {
         let mesh = mesh.with([Change::Workload(bound(elsewhere))]);
         assert_eq!(line(&mesh, &local, "10.1.0.9:8080"), refused);
     }

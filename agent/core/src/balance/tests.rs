@@ -50,7 +50,8 @@ fn api(load_balancer: Option<LoadBalancer>) -> Service {
 fn localities_decide_as_the_vectors_say() {
     use BalanceMode::{Failover, Standard, Strict};
     use Scope::{Network, Node, Region, Subzone, Zone};
-    let vectors: &[(BalanceMode, &[Scope], &[usize], &[usize])] = &[
+    type Numbers = &'static [usize];
+    let vectors: &[(BalanceMode, &[Scope], Numbers, Numbers)] = &[
         (Standard, &[Network], &[1, 2, 3, 4, 5], &[1, 2, 3, 4, 5]),
         (Strict, &[Region, Zone, Subzone], &[1, 2, 3, 4, 5], &[1, 5]),
         (Strict, &[Network, Region, Zone], &[1, 2, 3, 4, 5], &[1, 2]),
@@ -113,12 +114,8 @@ fn choose(workloads: Vec<Workload>, service: Service, port: u16, mode: Mode) -> 
 fn endpoints_without_weight_take_nothing() {
     let weightless = |number| Workload { capacity: 0, ..endpoint(number) };
     let failover = api(Some(balancer(BalanceMode::Failover, &[Scope::Region])));
-    let none = choose(
-        vec![weightless(1), weightless(2), endpoint(4)],
-        failover,
-        80,
-        Mode::Standard,
-    );
+    let none =
+        choose(vec![weightless(1), weightless(2), endpoint(4)], failover, 80, Mode::Standard);
     assert_eq!(none, None);
     let some = choose(vec![weightless(1), endpoint(2)], api(None), 80, Mode::Standard).unwrap();
     assert_eq!(&*some.workload.name, "e2");
@@ -138,12 +135,12 @@ fn draws_follow_the_weights() {
 
 #[test]
 fn ports_translate_as_the_vectors_say() {
-    let tunnel = ApplicationTunnel {
-        protocol: ApplicationTunnelProtocol::Proxy,
-        port: Some(15088),
-    };
+    let tunnel =
+        ApplicationTunnel { protocol: ApplicationTunnelProtocol::Proxy, port: Some(15088) };
     type Ports = &'static [(u16, u16)];
-    let vectors: &[(Ports, Ports, u16, Mode, Option<ApplicationTunnel>, Option<u16>)] = &[
+    type Tunnel = Option<ApplicationTunnel>;
+    type Vector = (Ports, Ports, u16, Mode, Tunnel, Option<u16>);
+    let vectors: &[Vector] = &[
         (&[(80, 8080)], &[(80, 8080)], 80, Mode::Standard, None, Some(8080)),
         (&[(80, 8080)], &[], 80, Mode::Standard, None, Some(8080)),
         (&[(80, 8080)], &[(80, 9090)], 80, Mode::Standard, None, Some(9090)),

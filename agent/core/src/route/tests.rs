@@ -122,17 +122,12 @@ fn a_workload_waypoint_takes_what_is_addressed_to_the_workload() {
 fn an_instance_of_the_waypoint_reaches_the_workload_itself() {
     let bound = changed_endpoint(|w| w.waypoint = Some(by_hostname(WAYPOINT)));
     let snapshot = mesh().with([bound]);
-    let from = |source: Workload| line(run(&snapshot, &source, "10.1.0.7:80", &Enrolled::default()));
+    let from =
+        |source: Workload| line(run(&snapshot, &source, "10.1.0.7:80", &Enrolled::default()));
     let instance = pod("shop", "wp", &["10.1.0.20"]);
     let elsewhere = pod("shop", "wp", &["10.1.0.99"]);
-    assert_eq!(
-        from(instance),
-        "hbone 10.1.0.7:15008 10.1.0.7:80 shop/api (workload address)"
-    );
-    assert_eq!(
-        from(elsewhere),
-        "hbone 10.1.0.20:15008 10.1.0.7:80 shop/wp (workload waypoint)"
-    );
+    assert_eq!(from(instance), "hbone 10.1.0.7:15008 10.1.0.7:80 shop/api (workload address)");
+    assert_eq!(from(elsewhere), "hbone 10.1.0.20:15008 10.1.0.7:80 shop/wp (workload waypoint)");
 }
 
 #[test]
@@ -191,7 +186,10 @@ fn services_choose_an_endpoint_or_refuse() {
         "hbone 10.1.0.7:15008 10.1.0.7:8080 shop/api (endpoint of service)"
     );
     assert_eq!(routes_to(vec![], "10.96.0.10:81"), "no healthy upstream: 10.96.0.10:81");
-    assert_eq!(routes_to(vec![gone.clone()], "10.96.0.10:80"), "no healthy upstream: 10.96.0.10:80");
+    assert_eq!(
+        routes_to(vec![gone.clone()], "10.96.0.10:80"),
+        "no healthy upstream: 10.96.0.10:80"
+    );
     let plain = "passthrough 10.96.0.10:80 (passthrough service)";
     assert_eq!(routes_to(vec![passthrough()], "10.96.0.10:80"), plain);
     assert_eq!(routes_to(vec![passthrough(), gone], "10.96.0.10:80"), plain);
@@ -243,10 +241,7 @@ fn an_address_that_is_both_asks_for_waypoints_as_a_workload_and_for_endpoints_as
     );
     // Never past the mesh: there is someone who should have answered.
     let gone = Change::RemoveWorkload("c1//Pod/shop/api".into());
-    assert_eq!(
-        routes_to(vec![both, gone], "10.1.0.20:80"),
-        "no healthy upstream: 10.1.0.20:80"
-    );
+    assert_eq!(routes_to(vec![both, gone], "10.1.0.20:80"), "no healthy upstream: 10.1.0.20:80");
 }
 
 #[test]
@@ -264,8 +259,10 @@ fn weighted_waypoints_are_drawn_before_the_single_one() {
 
 #[test]
 fn only_enrolled_workloads_without_a_waypoint_between_are_local() {
-    let enrolled: Enrolled = ["c1//Pod/shop/api".into(), "c1//Pod/shop/wp".into()].into_iter().collect();
-    let local = |changes: Vec<Change>, to| line(run(&mesh().with(changes), &front(), to, &enrolled));
+    let enrolled: Enrolled =
+        ["c1//Pod/shop/api".into(), "c1//Pod/shop/wp".into()].into_iter().collect();
+    let local =
+        |changes: Vec<Change>, to| line(run(&mesh().with(changes), &front(), to, &enrolled));
     assert_eq!(local(vec![], "10.1.0.7:8080"), "local 10.1.0.7:8080 api (workload address)");
     assert_eq!(local(vec![], "10.96.0.10:80"), "local 10.1.0.7:8080 api (endpoint of service)");
     let plain = changed_endpoint(|w| w.tunnel_protocol = TunnelProtocol::None);
@@ -407,13 +404,16 @@ enum Address {
 }
 
 fn any_reference() -> impl Strategy<Value = Option<GatewayAddress>> {
-    prop::option::weighted(0.3, (0..6u8, any::<bool>()).prop_map(|(number, by_ip)| {
-        if by_ip {
-            by_address("n1", &format!("10.0.0.{number}"))
-        } else {
-            by_hostname(&format!("ns/s{number}.ns"))
-        }
-    }))
+    prop::option::weighted(
+        0.3,
+        (0..6u8, any::<bool>()).prop_map(|(number, by_ip)| {
+            if by_ip {
+                by_address("n1", &format!("10.0.0.{number}"))
+            } else {
+                by_hostname(&format!("ns/s{number}.ns"))
+            }
+        }),
+    )
 }
 
 fn any_workload() -> impl Strategy<Value = Workload> {
@@ -427,7 +427,9 @@ fn any_workload() -> impl Strategy<Value = Workload> {
         |(number, address, services, waypoint, network_gateway, remote)| {
             let mut workload = pod("ns", &format!("w{number}"), &[]);
             match address {
-                Address::Ip(ip) => workload.addresses = vec![format!("10.0.0.{ip}").parse().unwrap()],
+                Address::Ip(ip) => {
+                    workload.addresses = vec![format!("10.0.0.{ip}").parse().unwrap()]
+                }
                 Address::Name(name) => workload.hostname = format!("h{name}.example").into(),
                 Address::None => {}
             }
