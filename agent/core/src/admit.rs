@@ -171,13 +171,12 @@ fn check_destination(
         Destination::Service(service) => service.waypoints().collect(),
         Destination::Unknown => Vec::new(),
     };
-    let is_waypoint = waypoints.into_iter().any(|reference| {
-        match resolve::gateway(snapshot, reference) {
+    let is_waypoint =
+        waypoints.into_iter().any(|reference| match resolve::gateway(snapshot, reference) {
             Destination::Service(service) => service.endpoint_ports(inbound.local).is_some(),
             Destination::Workload(workload) => workload.addresses.contains(&addressed),
             Destination::Unknown => false,
-        }
-    });
+        });
     if is_waypoint { Ok(()) } else { Err(Refusal::IpMismatch { addressed, authority }) }
 }
 

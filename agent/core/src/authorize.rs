@@ -31,7 +31,10 @@ pub struct Permit {
 enum PermittedBy {
     /// No enforced policy of action ALLOW applies.
     NoPolicy,
-    Rule { policy: PolicyKey, rule: usize },
+    Rule {
+        policy: PolicyKey,
+        rule: usize,
+    },
 }
 
 impl Permit {
@@ -93,10 +96,18 @@ impl Denied {
 /// What a policy that is evaluated without being enforced says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DryRun {
-    WouldDeny { policy: PolicyKey, rule: usize },
-    WouldAllow { policy: PolicyKey, rule: usize },
+    WouldDeny {
+        policy: PolicyKey,
+        rule: usize,
+    },
+    WouldAllow {
+        policy: PolicyKey,
+        rule: usize,
+    },
     /// There are policies of action ALLOW, all of them dry-run, and none matches.
-    WouldNotAllow { policies: Vec<PolicyKey> },
+    WouldNotAllow {
+        policies: Vec<PolicyKey>,
+    },
 }
 
 impl fmt::Display for DryRun {
@@ -115,12 +126,13 @@ impl fmt::Display for DryRun {
 pub fn authorize(snapshot: &Snapshot, local: &Workload, connection: &Connection) -> Judgement {
     let (policies, missing) = applicable(snapshot, local);
     let mut dry_run = Vec::new();
-    let verdict = judge(&policies, connection, &mut dry_run).and_then(|permit| {
-        match waypoint_demand(snapshot, local) {
-            Some(demand) => demand.check(snapshot, connection).map(|()| permit),
-            None => Ok(permit),
-        }
-    });
+    let verdict =
+        judge(&policies, connection, &mut dry_run).and_then(|permit| {
+            match waypoint_demand(snapshot, local) {
+                Some(demand) => demand.check(snapshot, connection).map(|()| permit),
+                None => Ok(permit),
+            }
+        });
     Judgement { verdict, dry_run, missing }
 }
 
@@ -130,9 +142,8 @@ pub fn judges_alike(before: &Snapshot, after: &Snapshot, uid: &str) -> bool {
     let (Some(earlier), Some(later)) = (before.workload(uid), after.workload(uid)) else {
         return false;
     };
-    let demand = |snapshot, local| {
-        waypoint_demand(snapshot, local).map(|demand| demand.accepted(snapshot))
-    };
+    let demand =
+        |snapshot, local| waypoint_demand(snapshot, local).map(|demand| demand.accepted(snapshot));
     Arc::ptr_eq(earlier, later)
         && before.shares_policies_with(after)
         && demand(before, earlier) == demand(after, later)
@@ -200,10 +211,7 @@ struct WaypointDemand<'a> {
 }
 
 /// `None`: the workload may be reached by anyone.
-fn waypoint_demand<'a>(
-    snapshot: &'a Snapshot,
-    local: &'a Workload,
-) -> Option<WaypointDemand<'a>> {
+fn waypoint_demand<'a>(snapshot: &'a Snapshot, local: &'a Workload) -> Option<WaypointDemand<'a>> {
     let is_demanded = match snapshot.require_waypoint() {
         RequireWaypoint::Nobody => false,
         RequireWaypoint::EveryBound => true,
@@ -226,9 +234,7 @@ fn waypoint_demand<'a>(
 fn behind<'a>(snapshot: &'a Snapshot, reference: &GatewayAddress) -> Destination<'a> {
     match &reference.destination {
         GatewayDestination::Hostname(name) => resolve::hostname(snapshot, name),
-        GatewayDestination::Address(at) => {
-            resolve::upstream_at(snapshot, &at.network, at.ip, None)
-        }
+        GatewayDestination::Address(at) => resolve::upstream_at(snapshot, &at.network, at.ip, None),
     }
 }
 
@@ -236,9 +242,9 @@ impl WaypointDemand<'_> {
     /// Coming from any of the waypoints suffices; one that is not known lets nobody in.
     fn check(&self, snapshot: &Snapshot, connection: &Connection) -> Result<(), Denied> {
         let from_waypoint = connection.identity.as_ref().is_some_and(|identity| {
-            self.waypoints.iter().any(|(_, waypoint)| {
-                waypoint.identities(snapshot).any(|known| known == *identity)
-            })
+            self.waypoints
+                .iter()
+                .any(|(_, waypoint)| waypoint.identities(snapshot).any(|known| known == *identity))
         });
         if from_waypoint {
             return Ok(());

@@ -169,10 +169,7 @@ fn parse_match(text: &str) -> Match {
 fn accounts(values: &[&str]) -> Vec<ServiceAccountMatch> {
     let account = |value: &&str| {
         let (namespace, service_account) = value.split_once('/').unwrap();
-        ServiceAccountMatch {
-            namespace: namespace.into(),
-            service_account: service_account.into(),
-        }
+        ServiceAccountMatch { namespace: namespace.into(), service_account: service_account.into() }
     };
     values.iter().map(account).collect()
 }

@@ -53,9 +53,7 @@ pub fn upstream_at<'a>(
 pub fn hostname<'a>(snapshot: &'a Snapshot, name: &NamespacedHostname) -> Destination<'a> {
     match snapshot.service(name) {
         Some(service) => Destination::Service(service),
-        None => {
-            snapshot.workload_named(name).map_or(Destination::Unknown, Destination::Workload)
-        }
+        None => snapshot.workload_named(name).map_or(Destination::Unknown, Destination::Workload),
     }
 }
 

@@ -133,14 +133,13 @@ impl<'a, R: Rng> Decision<'a, R> {
         }
         let snapshot = self.view.snapshot;
         let namespace = Some(&*self.request.source.namespace);
-        let destination =
-            resolve::address(snapshot, self.view.network, original.ip(), namespace);
+        let destination = resolve::address(snapshot, self.view.network, original.ip(), namespace);
         match destination {
             Destination::Service(service) => match self.draw_waypoint(service) {
-                Some(waypoint) => self.to_service_waypoint(service, waypoint),
-                None => self.to_upstream(Some(service)),
+                Some(waypoint) => self.reach_service_waypoint(service, waypoint),
+                None => self.reach_upstream(Some(service)),
             },
-            Destination::Workload(_) | Destination::Unknown => self.to_upstream(None),
+            Destination::Workload(_) | Destination::Unknown => self.reach_upstream(None),
         }
     }
 
@@ -150,7 +149,7 @@ impl<'a, R: Rng> Decision<'a, R> {
             .or(service.waypoint.as_ref())
     }
 
-    fn to_service_waypoint(
+    fn reach_service_waypoint(
         &mut self,
         service: &Arc<Service>,
         reference: &GatewayAddress,
@@ -164,7 +163,7 @@ impl<'a, R: Rng> Decision<'a, R> {
         Ok(Routed { route, service: Some(service.clone()), because })
     }
 
-    fn to_upstream(&mut self, addressed: Option<&Arc<Service>>) -> Decided<Routed> {
+    fn reach_upstream(&mut self, addressed: Option<&Arc<Service>>) -> Decided<Routed> {
         let Outbound { source, destination: original, .. } = *self.request;
         let snapshot = self.view.snapshot;
         let namespace = Some(&*source.namespace);
@@ -182,11 +181,9 @@ impl<'a, R: Rng> Decision<'a, R> {
                     self.random,
                 )
                 .ok_or(NoRoute::NoHealthyUpstream(original.addr()))?,
-                Destination::Workload(workload) => Upstream {
-                    workload: workload.clone(),
-                    port: original.port(),
-                    service: None,
-                },
+                Destination::Workload(workload) => {
+                    Upstream { workload: workload.clone(), port: original.port(), service: None }
+                }
                 Destination::Unknown => match addressed {
                     Some(service) if service.is_passthrough() => {
                         return Ok(self.passthrough(addressed, Because::PassthroughService));
@@ -204,9 +201,9 @@ impl<'a, R: Rng> Decision<'a, R> {
         if let (None, Some(reference)) = (addressed, &upstream.workload.waypoint)
             && !self.is_source_behind(reference)
         {
-            return self.to_workload_waypoint(&upstream, reference);
+            return self.reach_workload_waypoint(&upstream, reference);
         }
-        self.to_workload(upstream)
+        self.reach_workload(upstream)
     }
 
     fn passthrough(&self, service: Option<&Arc<Service>>, because: Because) -> Routed {
@@ -214,7 +211,7 @@ impl<'a, R: Rng> Decision<'a, R> {
         Routed { route: Route::Passthrough { to }, service: service.cloned(), because }
     }
 
-    fn to_workload_waypoint(
+    fn reach_workload_waypoint(
         &mut self,
         upstream: &Upstream,
         reference: &GatewayAddress,
@@ -228,15 +225,15 @@ impl<'a, R: Rng> Decision<'a, R> {
         Ok(Routed { route, service, because: Because::WorkloadWaypoint })
     }
 
-    fn to_workload(&mut self, upstream: Upstream) -> Decided<Routed> {
+    fn reach_workload(&mut self, upstream: Upstream) -> Decided<Routed> {
         let ip = self.address(&upstream, self.request.destination.ip())?;
         let expect = expected(&upstream);
         let Upstream { workload, port, service } = upstream;
         let target = SocketAddr::new(ip, port);
         let to = AppAddr::new(target);
         // Who wants to know the target of a connection learns it from the tunnel's far end only.
-        let is_local = self.view.enrolled.contains(&workload.uid)
-            && workload.application_tunnel.is_none();
+        let is_local =
+            self.view.enrolled.contains(&workload.uid) && workload.application_tunnel.is_none();
         let because = match service {
             Some(_) => Because::ServiceEndpoint,
             None => Because::WorkloadAddress,
@@ -346,9 +343,10 @@ impl<'a, R: Rng> Decision<'a, R> {
         let snapshot = self.view.snapshot;
         let identity = self.request.source.identity();
         let client = self.request.client.to_canonical();
-        resolve::gateway(snapshot, waypoint).workloads(snapshot).iter().any(|workload| {
-            workload.identity() == identity && workload.addresses.contains(&client)
-        })
+        resolve::gateway(snapshot, waypoint)
+            .workloads(snapshot)
+            .iter()
+            .any(|workload| workload.identity() == identity && workload.addresses.contains(&client))
     }
 }
 

@@ -57,10 +57,7 @@ impl Service {
     /// The ports of this workload as an endpoint of the service, healthy or not; `None` when it is
     /// none of its endpoints.
     pub fn endpoint_ports<'a>(&'a self, workload: &'a Workload) -> Option<&'a PortMap> {
-        workload
-            .services
-            .get(&self.key())
-            .or_else(|| self.fixed_endpoints.get(&workload.uid))
+        workload.services.get(&self.key()).or_else(|| self.fixed_endpoints.get(&workload.uid))
     }
 
     /// Every waypoint that traffic to the service may take.

@@ -70,10 +70,10 @@ const VECTORS_TO_9090: &[(u8, &[&str], [bool; 3])] = &[
 ];
 
 fn check(vectors: &[(u8, &[&str], [bool; 3])], port: u16) {
-    let clients =
-        [authenticated(FRONT), plaintext(), authenticated("other.td/ns/web/sa/front")];
+    let clients = [authenticated(FRONT), plaintext(), authenticated("other.td/ns/web/sa/front")];
     for (number, rules, expected) in vectors {
-        let found = clients.clone().map(|connection| matches(rules, &Connection { port, ..connection }));
+        let found =
+            clients.clone().map(|connection| matches(rules, &Connection { port, ..connection }));
         assert_eq!(found, *expected, "vector {number}: {rules:?}");
     }
 }
