@@ -67,6 +67,17 @@ pub enum Protocol {
     DoubleHbone,
 }
 
+impl Protocol {
+    /// As dumps show it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Protocol::Hbone => "HBONE",
+            Protocol::Tcp => "TCP",
+            Protocol::DoubleHbone => "DOUBLEHBONE",
+        }
+    }
+}
+
 impl Connections {
     /// Adds a connection until the guard is dropped.
     pub fn register(&self, live: LiveConnection) -> Guard {

@@ -17,9 +17,9 @@ pub(super) struct Process;
 impl Collector for Process {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
         let mut family = |name, help, value: Option<i64>| match value {
-            Some(value) => encoder
-                .encode_descriptor(name, help, None, MetricType::Gauge)?
-                .encode_gauge(&value),
+            Some(value) => {
+                encoder.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(&value)
+            }
             None => Ok(()),
         };
         family("process_open_fds", "Open file descriptors", open_fds())?;
@@ -116,4 +116,3 @@ impl Collector for Build {
         gauge(&mut family, &labels, 1_u64)
     }
 }
-

@@ -294,10 +294,14 @@ impl Collector for SeriesStore {
                 counter(metric, &series.labels.with_flag(ResponseFlag::None), received)
             },
         )?;
-        family("istio_tcp_sent_bytes", "Payload bytes from servers to clients", &|series, metric| {
-            let (_, sent) = series.received_and_sent();
-            counter(metric, &series.labels.with_flag(ResponseFlag::None), sent)
-        })
+        family(
+            "istio_tcp_sent_bytes",
+            "Payload bytes from servers to clients",
+            &|series, metric| {
+                let (_, sent) = series.received_and_sent();
+                counter(metric, &series.labels.with_flag(ResponseFlag::None), sent)
+            },
+        )
     }
 }
 

@@ -187,8 +187,8 @@ struct JsonFields<'a, 'w> {
 impl JsonFields<'_, '_> {
     fn write(&mut self, field: &Field, value: impl FnOnce() -> Result<String, fmt::Error>) {
         if (field.name() == MESSAGE) == self.message && self.result.is_ok() {
-            self.result = quoted(field.name())
-                .and_then(|name| write!(self.writer, ",{name}:{}", value()?));
+            self.result =
+                quoted(field.name()).and_then(|name| write!(self.writer, ",{name}:{}", value()?));
         }
     }
 }
