@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use cgroup::find_cgroup2;
+pub(crate) use settings::{DEFAULT_ADMIN, DEFAULT_PIN_PATH};
 pub use settings::{Flags, Surroundings};
 
 /// All that `app` needs to know to construct the agent.
@@ -151,18 +152,18 @@ impl fmt::Display for Named {
 impl Config {
     /// The settings that hold, given what the file's `culvert` section states of the same things.
     pub fn mesh(&self, file: &StatedMesh) -> Result<MeshSettings, ConfigError> {
-        let agree =
-            |variable: &str, key: &str, ours: &Option<Arc<str>>, theirs: &Option<Arc<str>>| match (
-                ours, theirs,
-            ) {
-                (Some(ours), Some(theirs)) if ours != theirs => Err(ConfigError::Contradiction {
-                    setting: Named(variable.to_owned()),
-                    other: Named(format!("culvert.{key} of {}", self.file.display())),
-                    why: format!("{ours:?} is not {theirs:?}"),
-                }),
-                (Some(stated), _) | (None, Some(stated)) => Ok(Some(stated.clone())),
-                (None, None) => Ok(None),
-            };
+        let agree = |variable: &str,
+                     key: &str,
+                     ours: &Option<Arc<str>>,
+                     theirs: &Option<Arc<str>>| match (ours, theirs) {
+            (Some(ours), Some(theirs)) if ours != theirs => Err(ConfigError::Contradiction {
+                setting: Named(variable.to_owned()),
+                other: Named(format!("culvert.{key} of {}", self.file.display())),
+                why: format!("{ours:?} is not {theirs:?}"),
+            }),
+            (Some(stated), _) | (None, Some(stated)) => Ok(Some(stated.clone())),
+            (None, None) => Ok(None),
+        };
         let own = &self.stated;
         let trust_domain =
             agree("TRUST_DOMAIN", "trustDomain", &own.trust_domain, &file.trust_domain)?;
