@@ -40,3 +40,4 @@ pub mod wire;
 pub mod agent;
 pub mod mesh;
 pub mod pki;
+pub mod waypoint;
