@@ -108,11 +108,14 @@ impl Snapshot {
     /// TCP, then the latest. Workloads in the host's network own none.
     pub fn workload_at(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
         let key = NetworkAddressRef { network, ip: ip.to_canonical() };
-        // `max_by_key` takes the last of equals.
-        self.by_address.get(&key).iter().max_by_key(|workload| {
-            let hbone = workload.tunnel_protocol == TunnelProtocol::Hbone;
-            (workload.uid.contains("//Pod/"), hbone)
-        })
+        match self.by_address.get(&key) {
+            [only] => Some(only),
+            // `max_by_key` takes the last of equals.
+            several => several.iter().max_by_key(|workload| {
+                let hbone = workload.tunnel_protocol == TunnelProtocol::Hbone;
+                (workload.uid.contains("//Pod/"), hbone)
+            }),
+        }
     }
 
     /// The workload with this DNS name in this namespace.

@@ -7,23 +7,23 @@ use std::sync::Arc;
 use hashbrown::{DefaultHashBuilder, Equivalent};
 
 /// Hash bits that choose a branch, and the branches of one node.
-const BITS: u32 = 4;
+const BITS: u32 = 5;
 const FAN_OUT: usize = 1 << BITS;
 /// A leaf with more entries becomes a branch, unless the hash has no bits left.
 const LEAF_ENTRIES: usize = 16;
 
 /// Iterates in no particular order, which differs between maps of equal content.
 pub(super) struct Trie<K, V> {
-    root: Arc<Node<K, V>>,
+    root: Node<K, V>,
     len: usize,
     /// Seeded at random, so that nobody can choose keys that collide.
     hasher: DefaultHashBuilder,
 }
 
-#[derive(Clone)]
+/// The pointers lie in the parent, so that a look-up follows one per level.
 enum Node<K, V> {
-    Leaf(Vec<Entry<K, V>>),
-    Branch(Box<[Arc<Node<K, V>>; FAN_OUT]>),
+    Leaf(Arc<[Entry<K, V>]>),
+    Branch(Arc<[Node<K, V>; FAN_OUT]>),
 }
 
 #[derive(Clone)]
@@ -40,11 +40,15 @@ impl<K, V> Trie<K, V> {
 
     /// Whether nothing changed between the two; false may also be answered for equal contents.
     pub fn is_same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.root, &other.root)
+        match (&self.root, &other.root) {
+            (Node::Leaf(one), Node::Leaf(two)) => Arc::ptr_eq(one, two),
+            (Node::Branch(one), Node::Branch(two)) => Arc::ptr_eq(one, two),
+            (Node::Leaf(_), Node::Branch(_)) | (Node::Branch(_), Node::Leaf(_)) => false,
+        }
     }
 
     pub fn iter(&self) -> Iter<'_, K, V> {
-        Iter { entries: [].iter(), nodes: vec![&*self.root] }
+        Iter { entries: [].iter(), nodes: vec![&self.root] }
     }
 
     pub fn values(&self) -> impl Iterator<Item = &V> {
@@ -55,7 +59,7 @@ impl<K, V> Trie<K, V> {
 impl<K: Hash + Eq, V> Trie<K, V> {
     pub fn get<Q: Hash + Equivalent<K> + ?Sized>(&self, key: &Q) -> Option<&V> {
         let hash = self.hasher.hash_one(key);
-        let mut node = &*self.root;
+        let mut node = &self.root;
         let mut shift = 0;
         loop {
             match node {
@@ -89,15 +93,15 @@ impl<K: Hash + Eq + Clone, V: Clone> Trie<K, V> {
         let mut node = &mut self.root;
         let mut shift = 0;
         loop {
-            match Arc::make_mut(node) {
+            match node {
                 Node::Leaf(entries) => {
-                    return entries
+                    return Arc::make_mut(entries)
                         .iter_mut()
                         .find(|entry| entry.hash == hash && key.equivalent(&entry.key))
                         .map(|entry| &mut entry.value);
                 }
                 Node::Branch(children) => {
-                    node = &mut children[branch(hash, shift)];
+                    node = &mut Arc::make_mut(children)[branch(hash, shift)];
                     shift += BITS;
                 }
             }
@@ -112,16 +116,17 @@ impl<K: Hash + Eq + Clone, V: Clone> Trie<K, V> {
         let mut node = &mut self.root;
         let mut shift = 0;
         loop {
-            match Arc::make_mut(node) {
+            match node {
                 Node::Leaf(entries) => {
-                    let position = entries
-                        .iter()
-                        .position(|entry| entry.hash == hash && key.equivalent(&entry.key))?;
+                    let is_it =
+                        |entry: &Entry<K, V>| entry.hash == hash && key.equivalent(&entry.key);
+                    let removed = entries.iter().find(|entry| is_it(entry))?.value.clone();
+                    *entries = entries.iter().filter(|entry| !is_it(entry)).cloned().collect();
                     self.len -= 1;
-                    return Some(entries.swap_remove(position).value);
+                    return Some(removed);
                 }
                 Node::Branch(children) => {
-                    node = &mut children[branch(hash, shift)];
+                    node = &mut Arc::make_mut(children)[branch(hash, shift)];
                     shift += BITS;
                 }
             }
@@ -135,35 +140,46 @@ fn branch(hash: u64, shift: u32) -> usize {
 }
 
 fn insert<K: Eq + Clone, V: Clone>(
-    node: &mut Arc<Node<K, V>>,
+    node: &mut Node<K, V>,
     shift: u32,
     entry: Entry<K, V>,
 ) -> Option<V> {
-    let node = Arc::make_mut(node);
     match node {
         Node::Leaf(entries) => {
-            let known = |e: &&mut Entry<K, V>| e.hash == entry.hash && e.key == entry.key;
-            if let Some(present) = entries.iter_mut().find(known) {
+            let known = |e: &Entry<K, V>| e.hash == entry.hash && e.key == entry.key;
+            if entries.iter().any(known) {
+                let present = Arc::make_mut(entries).iter_mut().find(|e| known(e))?;
                 return Some(std::mem::replace(&mut present.value, entry.value));
             }
-            entries.push(entry);
-            if entries.len() > LEAF_ENTRIES && shift < u64::BITS {
-                *node = split(std::mem::take(entries), shift);
-            }
+            let entries: Arc<[_]> = entries.iter().cloned().chain([entry]).collect();
+            *node = if entries.len() > LEAF_ENTRIES && shift < u64::BITS {
+                split(&entries, shift)
+            } else {
+                Node::Leaf(entries)
+            };
             None
         }
         Node::Branch(children) => {
-            insert(&mut children[branch(entry.hash, shift)], shift + BITS, entry)
+            let child = &mut Arc::make_mut(children)[branch(entry.hash, shift)];
+            insert(child, shift + BITS, entry)
         }
     }
 }
 
-fn split<K, V>(entries: Vec<Entry<K, V>>, shift: u32) -> Node<K, V> {
-    let mut leaves: [Vec<Entry<K, V>>; FAN_OUT] = std::array::from_fn(|_| Vec::new());
-    for entry in entries {
-        leaves[branch(entry.hash, shift)].push(entry);
+fn split<K: Clone, V: Clone>(entries: &[Entry<K, V>], shift: u32) -> Node<K, V> {
+    Node::Branch(Arc::new(std::array::from_fn(|index| {
+        let own = entries.iter().filter(|entry| branch(entry.hash, shift) == index);
+        Node::Leaf(own.cloned().collect())
+    })))
+}
+
+impl<K, V> Clone for Node<K, V> {
+    fn clone(&self) -> Self {
+        match self {
+            Node::Leaf(entries) => Node::Leaf(entries.clone()),
+            Node::Branch(children) => Node::Branch(children.clone()),
+        }
     }
-    Node::Branch(Box::new(leaves.map(|leaf| Arc::new(Node::Leaf(leaf)))))
 }
 
 impl<K, V> Clone for Trie<K, V> {
@@ -174,7 +190,7 @@ impl<K, V> Clone for Trie<K, V> {
 
 impl<K, V> Default for Trie<K, V> {
     fn default() -> Self {
-        Self { root: Arc::new(Node::Leaf(Vec::new())), len: 0, hasher: Default::default() }
+        Self { root: Node::Leaf(Arc::from([])), len: 0, hasher: Default::default() }
     }
 }
 
@@ -199,7 +215,7 @@ impl<'a, K, V> Iterator for Iter<'a, K, V> {
             }
             match self.nodes.pop()? {
                 Node::Leaf(entries) => self.entries = entries.iter(),
-                Node::Branch(children) => self.nodes.extend(children.iter().map(|node| &**node)),
+                Node::Branch(children) => self.nodes.extend(children.iter()),
             }
         }
     }
