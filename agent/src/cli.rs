@@ -4,6 +4,7 @@ mod answers;
 mod arguments;
 mod client;
 mod connections;
+mod detach;
 mod dump;
 mod explain;
 mod lists;
@@ -108,7 +109,9 @@ impl Task {
             What::Run(config) => app::run(*config).await.map_err(CliError::Agent),
             What::Look(command, server) => look(*command, &server, &mut output).await,
             What::Detach(pin_path) => match capture::detach(&pin_path) {
-                Ok(report) => output.line(&report).map_err(CliError::Output),
+                Ok(report) => {
+                    output.text(&detach::text(&pin_path, &report)).map_err(CliError::Output)
+                }
                 Err(error) => Err(CliError::Detach(error)),
             },
         };

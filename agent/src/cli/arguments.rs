@@ -178,10 +178,10 @@ pub(super) struct RunFlags {
     /// Listen here for these commands [env: ADMIN_ADDR] [default: 127.0.0.1:15000]
     #[arg(long, value_name = "ADDR")]
     admin: Option<String>,
-    /// Listen here for metrics [env: STATS_ADDR] [default: [::]:15020]
+    /// Listen here for metrics [env: STATS_ADDR] [default: port 15020]
     #[arg(long, value_name = "ADDR")]
     stats: Option<String>,
-    /// Listen here for readiness probes [env: READINESS_ADDR] [default: [::]:15021]
+    /// Listen here for readiness probes [env: READINESS_ADDR] [default: port 15021]
     #[arg(long, value_name = "ADDR")]
     readiness: Option<String>,
     /// `level` or `scope=level`, separated by commas [env: RUST_LOG] [default: info]

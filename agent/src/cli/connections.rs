@@ -69,11 +69,11 @@ pub(super) fn table(mut connections: Vec<Connection>, names: &Names) -> Table {
     for connection in connections {
         let inbound = connection.direction.eq_ignore_ascii_case("inbound");
         let (local, remote, peer) = match inbound {
-            true => (&connection.dst, &connection.src, connection.src_identity),
-            false => (&connection.src, &connection.dst, connection.dst_identity),
+            true => (&connection.target, &connection.src, connection.src_identity),
+            false => (&connection.src, &connection.target, connection.dst_identity),
         };
-        let target = match (connection.target, connection.service) {
-            (Some(target), _) => names.socket(&target),
+        let asked = match (connection.dst, connection.service) {
+            (Some(dst), _) => names.socket(&dst),
             (None, service) => service.unwrap_or_default(),
         };
         let peer = peer.unwrap_or_default();
@@ -82,7 +82,7 @@ pub(super) fn table(mut connections: Vec<Connection>, names: &Names) -> Table {
             if inbound { "Inbound" } else { "Outbound" }.to_owned(),
             names.socket(local),
             names.socket(remote),
-            target,
+            asked,
             connection.protocol,
             peer.strip_prefix("spiffe://").unwrap_or(&peer).to_owned(),
             connection.policy.unwrap_or_default(),

@@ -20,10 +20,11 @@ pub(super) fn text(status: &Status) -> String {
         },
     ));
     let source = &status.source;
-    lines.push(row(
-        "Source",
-        format!("{} {}, loaded {} ago", source.kind, source.path, old(source.age_seconds)),
-    ));
+    let loaded = match source.age_seconds {
+        Some(seconds) => format!("loaded {} ago", old(seconds)),
+        None => "not loaded yet".to_owned(),
+    };
+    lines.push(row("Source", format!("{} {}, {loaded}", source.kind, source.path)));
     if let Some(error) = &source.error {
         lines.push(row("", format!("NOT in force as it is now: {error}")));
     }
@@ -71,7 +72,7 @@ fn row(label: &str, text: String) -> String {
     format!("{label:<15}{text}")
 }
 
-fn count(number: u64, one: &str, many: &str) -> String {
+pub(super) fn count(number: u64, one: &str, many: &str) -> String {
     format!("{number} {}", if number == 1 { one } else { many })
 }
 

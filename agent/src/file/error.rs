@@ -16,7 +16,7 @@ pub struct Place {
 pub enum FileError {
     #[error("{}: cannot be read: {source}", path.display())]
     Unreadable { path: PathBuf, source: io::Error },
-    /// A directory, a pipe or a device, or larger than [`super::source::MAX_BYTES`].
+    /// A directory, a pipe or a device, or larger than 512 MiB.
     #[error("{}: {why}", path.display())]
     NotAFile { path: PathBuf, why: &'static str },
     /// `what` names the field, as `workloads[1].services`, and says why it is refused.

@@ -207,7 +207,13 @@ fn read_blocking(
     Reading { seen, fingerprint, outcome: Some(outcome) }
 }
 
+/// A first version may be empty. As an edit that is more likely half a write than the wish to
+/// release every pod, which `{}` expresses.
 fn check(bytes: &[u8], good: Option<&Mesh>) -> Result<Mesh, Invalid> {
+    if bytes.is_empty() && good.is_some_and(|good| *good != Mesh::default()) {
+        let what = "the file has become empty; write {} to mean that".to_owned();
+        return Err(Invalid { place: None, what });
+    }
     let mesh = Mesh::parse(bytes)?;
     match good.and_then(|good| fixed_at_start(&good.culvert, &mesh.culvert)) {
         None => Ok(mesh),

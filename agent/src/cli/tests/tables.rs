@@ -1,12 +1,15 @@
 //! What people see of the agent's answers.
 
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use culvert_core::tables::NetnsCookie;
 use serde_json::json;
 
+use crate::capture::DetachReport;
 use crate::cli::connections::Names;
 use crate::cli::dump::Dump;
-use crate::cli::{connections, explain, lists, status, table};
+use crate::cli::{connections, detach, explain, lists, status, table};
 
 const DUMP: &str = include_str!("config_dump.json");
 
@@ -157,12 +160,12 @@ fn connections_show_names_for_addresses() {
     let connections = || {
         serde_json::from_value(json!([
             {"direction": "outbound", "protocol": "HBONE", "src": "10.1.0.7:51000",
-             "dst": "10.1.0.9:15008", "target": "10.96.0.20:80", "srcIdentity": null,
+             "dst": "10.96.0.20:80", "target": "10.1.0.9:15008", "srcIdentity": null,
              "dstIdentity": "spiffe://cluster.local/ns/shop/sa/wp",
              "workload": "c1//Pod/shop/api-5c6b", "service": "shop/waypoint", "policy": null,
              "openedSecondsAgo": 125, "received": 2048, "sent": 10},
             {"direction": "inbound", "protocol": "TCP", "src": "10.2.0.3:40112",
-             "dst": "10.1.0.7:8080", "target": null, "workload": "c1//Pod/shop/api-5c6b",
+             "dst": null, "target": "10.1.0.7:8080", "workload": "c1//Pod/shop/api-5c6b",
              "policy": "shop/api-clients rule 0", "openedSecondsAgo": 3, "received": 0, "sent": 0},
         ]))
         .unwrap()
@@ -208,6 +211,29 @@ fn status_shows_a_refused_edit() {
             "               connect4 (id 17), lookup (id 18)",
             "               9 flow entries",
         ],
+    );
+}
+
+#[test]
+fn status_without_a_loaded_source_says_so() {
+    let answer =
+        json!({"source": {"kind": "file", "path": "/m", "loadedAt": null, "ageSeconds": null}});
+    let text = status::text(&serde_json::from_value(answer).unwrap());
+    assert!(text.contains("file /m, not loaded yet"), "{text}");
+}
+
+#[test]
+fn detach_tells_what_it_took_away() {
+    let report = |programs, pods, unreachable: &[u64]| {
+        let unreachable = unreachable.iter().copied().map(NetnsCookie).collect();
+        detach::text(Path::new("/p"), &DetachReport { programs, pods, unreachable })
+    };
+    assert_eq!(report(0, 0, &[]), "nothing was attached: no pins in /p");
+    assert_eq!(report(5, 1, &[]), "removed 5 programs and 1 pod of /p");
+    assert_eq!(
+        report(1, 2, &[7, 8]),
+        "removed 1 program and 2 pods of /p\n\
+         routing rules stay in network namespaces that cannot be entered until they end: 7, 8"
     );
 }
 

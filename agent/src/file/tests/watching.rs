@@ -186,6 +186,18 @@ async fn vanished_file_keeps_the_last_good_state() {
     assert_eq!(capacity(&changed(&mut source).await), 3);
 }
 
+/// As between the truncation and the writing of a slow writer.
+#[tokio::test]
+async fn emptied_file_keeps_the_last_good_state_and_braces_mean_empty() {
+    let directory = TempDir::new().unwrap();
+    let path = mesh_file(&directory);
+    let mut source = open(&path).await;
+    fs::write(&path, "").unwrap();
+    assert!(rejected(&mut source).await.to_string().contains("write {} to mean that"));
+    fs::write(&path, "{}").unwrap();
+    assert_eq!(changed(&mut source).await.changes.len(), 9);
+}
+
 #[tokio::test]
 async fn setting_that_is_read_at_start_only_cannot_be_edited() {
     let directory = TempDir::new().unwrap();
