@@ -68,7 +68,7 @@ impl Default for Settings {
             stream_window: 1 << 20,
             max_streams: 128,
             streams_per_connection: 100,
-            spread: 64,
+            spread: 256,
             max_frame: 1 << 20,
             client_header_list: 16 << 10,
             server_header_list: 64 << 10,
@@ -101,4 +101,4 @@ const REMEMBERED_RESETS: usize = 512;
 const REMEMBER_RESETS: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -135,10 +135,7 @@ fn failure(error: h2::Error) -> RequestError {
 }
 
 /// Starts HTTP/2 on a verified TLS stream. The driver must be run for the connection to move.
-pub async fn handshake<T>(
-    io: T,
-    settings: &Settings,
-) -> Result<(Connection, Driver<T>), h2::Error>
+pub async fn handshake<T>(io: T, settings: &Settings) -> Result<(Connection, Driver<T>), h2::Error>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
@@ -153,7 +150,7 @@ pub(super) async fn handshake_with<T>(
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
-    let peer = PeerWindows::new(settings.streams_per_connection);
+    let peer = PeerWindows::new(settings.stream_window, settings.streams_per_connection);
     let (wire, flusher) = wire(io, 0, peer.clone());
     let (send, mut connection) = h2::client::Builder::new()
         .enable_push(false)

@@ -44,8 +44,7 @@ impl ConnectHeaders {
     /// The request as it goes to the wire (RFC 9113 section 8.5: no scheme, no path).
     pub fn request(&self) -> Result<Request<()>, InvalidRequest> {
         let invalid = |source| InvalidRequest { authority: self.authority.clone(), source };
-        let uri =
-            Uri::builder().authority(self.authority.to_string()).build().map_err(invalid)?;
+        let uri = Uri::builder().authority(self.authority.to_string()).build().map_err(invalid)?;
         let mut request =
             Request::builder().method(Method::CONNECT).uri(uri).body(()).map_err(invalid)?;
         let headers = request.headers_mut();

@@ -14,9 +14,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
+use super::Settings;
 use super::client::{self, Accepted, Connection, RequestError, TakenPlace};
 use super::headers::{ConnectHeaders, InvalidRequest};
-use super::Settings;
 
 /// Connections on which a request that its peer never saw is tried again.
 const ATTEMPTS: usize = 4;
@@ -210,9 +210,8 @@ impl Hop {
     fn pick(&self, settings: &Settings) -> Option<(Connection, TakenPlace)> {
         let mut connections = self.connections.lock();
         connections.retain(|(_, connection)| connection.shared.is_usable());
-        let free = |limit: usize, connection: &Connection| {
-            connection.shared.open_streams() < limit.max(1)
-        };
+        let free =
+            |limit: usize, connection: &Connection| connection.shared.open_streams() < limit.max(1);
         let safe = connections
             .iter()
             .map(|(_, connection)| connection)

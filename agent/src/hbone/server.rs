@@ -147,10 +147,11 @@ where
                 server.say_goodbye().await;
                 return Err(ServeError::PingTimeout(settings.ping_timeout));
             }
-            Event::Closed(result) => {
+            Event::Closed(Ok(())) => {
                 server.finish_tasks().await;
-                return result;
+                return Ok(());
             }
+            Event::Closed(Err(error)) => return Err(error),
         }
     }
 }
@@ -179,7 +180,7 @@ struct Server<T> {
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
     async fn handshake(io: T, settings: &Settings) -> Result<Self, ServeError> {
-        let peer = PeerWindows::new(settings.streams_per_connection);
+        let peer = PeerWindows::new(settings.stream_window, settings.streams_per_connection);
         let (wire, flusher) = wire(io, PREFACE, peer.clone());
         let handshake = h2::server::Builder::new()
             .initial_window_size(settings.stream_window)
@@ -240,9 +241,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
     /// A client may have many more tasks running here than streams open, when it resets streams
     /// that are being connected. No more are accepted then.
     fn poll_connection(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
-        let closed = |result: Result<(), h2::Error>| {
-            Event::Closed(result.map_err(ServeError::Connection))
-        };
+        let closed =
+            |result: Result<(), h2::Error>| Event::Closed(result.map_err(ServeError::Connection));
         if self.tasks.len() >= self.max_tasks {
             return self.connection.poll_closed(cx).map(closed);
         }
@@ -270,7 +270,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
         Poll::Pending
     }
 
-    /// The connection has closed by itself: what already arrived is still delivered.
+    /// The connection has closed in order: what already arrived is still delivered.
     async fn finish_tasks(&mut self) {
         let tasks = async { while self.tasks.join_next().await.is_some() {} };
         match self.deadline.as_mut() {

@@ -17,10 +17,6 @@ use super::windows::{PeerWindows, StreamWindow};
 /// connection in small frames).
 const COMPACTED: usize = 4 << 10;
 
-/// Received bytes whose window is returned to the peer at once rather than one by one. Must stay
-/// well below a third of the stream window, see `windows`.
-const RETURNED_TOGETHER: usize = 64 << 10;
-
 /// Why a stream ended without END_STREAM.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum StreamError {
@@ -211,7 +207,9 @@ impl HboneStream {
             }
             match ready!(self.recv.poll_data(cx)) {
                 Some(Ok(chunk)) => self.take_in(chunk),
-                Some(Err(error)) => self.receiving = Receiving::Failed(StreamError::from_h2(&error)),
+                Some(Err(error)) => {
+                    self.receiving = Receiving::Failed(StreamError::from_h2(&error))
+                }
                 None => self.receiving = Receiving::Finished,
             }
         }
@@ -272,7 +270,7 @@ impl HboneStream {
             self.received.shrink_to(4);
         }
         self.unreturned += count;
-        if self.unreturned >= RETURNED_TOGETHER {
+        if self.unreturned >= self.windows.peer.returned_together() {
             // Refused only for a stream that has already ended, whose window is returned anyway.
             let _ = self.recv.flow_control().release_capacity(self.unreturned);
             self.unreturned = 0;

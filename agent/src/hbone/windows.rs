@@ -40,6 +40,8 @@ const INITIAL_WINDOW: u32 = 65_535;
 /// The peer's announcements on one connection.
 #[derive(Debug)]
 pub(super) struct PeerWindows {
+    /// Our own stream window.
+    own_stream: u32,
     /// Streams that we would like to have on one connection.
     wanted_streams: usize,
     /// The peer's SETTINGS_INITIAL_WINDOW_SIZE.
@@ -70,8 +72,9 @@ pub(super) struct StreamWindow {
 }
 
 impl PeerWindows {
-    pub(super) fn new(wanted_streams: usize) -> Arc<Self> {
+    pub(super) fn new(own_stream: u32, wanted_streams: usize) -> Arc<Self> {
         Arc::new(Self {
+            own_stream,
             wanted_streams: wanted_streams.max(1),
             stream: AtomicU32::new(INITIAL_WINDOW),
             connection: AtomicU64::new(INITIAL_WINDOW.into()),
@@ -113,6 +116,12 @@ impl PeerWindows {
         let safe = self.safe_streams();
         let limited = safe > 1 && safe < self.wanted_streams;
         limited.then(|| held_by_stalled(self.stream.load(Relaxed).into()))
+    }
+
+    /// Received bytes whose window may be returned to the peer together: few enough that a peer
+    /// that counts on a third of the window is not kept waiting.
+    pub(super) fn returned_together(&self) -> usize {
+        usize::try_from(self.own_stream / 16).unwrap_or(usize::MAX)
     }
 
     pub(super) fn is_settled(&self) -> bool {

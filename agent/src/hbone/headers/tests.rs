@@ -13,10 +13,7 @@ fn forwarded(client: &str, host: Option<&str>) -> String {
 
 fn received(name: &'static str, value: impl AsRef<[u8]>) -> ReceivedHeaders {
     let mut headers = HeaderMap::new();
-    headers.insert(
-        HeaderName::from_static(name),
-        HeaderValue::from_bytes(value.as_ref()).unwrap(),
-    );
+    headers.insert(HeaderName::from_static(name), HeaderValue::from_bytes(value.as_ref()).unwrap());
     ReceivedHeaders::parse(&headers)
 }
 

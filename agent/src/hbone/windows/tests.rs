@@ -3,7 +3,7 @@
 use super::*;
 
 fn peer(stream: u32, connection: u32) -> Arc<PeerWindows> {
-    let peer = PeerWindows::new(100);
+    let peer = PeerWindows::new(65_535, 100);
     peer.note_settings(Some(stream), None);
     if connection > INITIAL_WINDOW {
         peer.note_connection_update(connection - INITIAL_WINDOW);
@@ -20,9 +20,13 @@ fn our_own_windows_carry_all_streams() {
 
 #[test]
 fn stalled_streams_leave_half_of_a_scarce_window() {
-    for (stream, connection) in
-        [(4 << 20, 16 << 20), (16 << 20, 24 << 20), (65_535, 1 << 20), (1, 65_535), (1 << 20, 99 << 20)]
-    {
+    for (stream, connection) in [
+        (4 << 20, 16 << 20),
+        (16 << 20, 24 << 20),
+        (65_535, 1 << 20),
+        (1, 65_535),
+        (1 << 20, 99 << 20),
+    ] {
         let peer = peer(stream, connection);
         let safe = peer.safe_streams() as u64;
         let held = (safe - 1) * peer.unacknowledged_limit().unwrap_or_default();
@@ -35,7 +39,7 @@ fn stalled_streams_leave_half_of_a_scarce_window() {
 
 #[test]
 fn a_fresh_connection_takes_one_stream_until_the_peer_has_spoken() {
-    let peer = PeerWindows::new(100);
+    let peer = PeerWindows::new(65_535, 100);
     assert_eq!(peer.safe_streams(), 1);
     peer.note_answer();
     assert!(!peer.is_settled());
