@@ -13,3 +13,5 @@ pub mod service;
 
 pub mod authorization;
 pub mod snapshot;
+
+pub mod tables;
