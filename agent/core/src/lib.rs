@@ -27,3 +27,5 @@ pub mod admit;
 
 #[cfg(test)]
 mod fixtures;
+
+pub mod tables;
