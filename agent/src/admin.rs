@@ -124,7 +124,7 @@ impl AdminServers {
         };
         let stats = move |request| {
             let telemetry = sources.telemetry.clone();
-            async move { stats::respond(&telemetry, &request) }
+            async move { stats::respond(&telemetry, request).await }
         };
         let readiness = move |request| {
             let readiness = sources.readiness.clone();

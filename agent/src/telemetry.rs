@@ -55,7 +55,7 @@ struct Inner {
     sockets: Family<[(&'static str, &'static str); 1], Gauge>,
     failed_early: Family<[(&'static str, &'static str); 1], Counter>,
     denied: Arc<BoundedCounters<DenialLabels>>,
-    dry_run: Arc<BoundedCounters<DryRunLabels>>,
+    dry_run: Arc<BoundedCounters<DryRunEvaluation>>,
     on_demand_dns: Arc<BoundedCounters<OnDemandDnsLabels>>,
     rejudged: Counter,
     pods: PodMetrics,
@@ -101,7 +101,7 @@ impl Telemetry {
                     "culvert_authorization_dry_run",
                     "Evaluations of policies that are in dry run",
                     OTHER_SERIES,
-                    DryRunLabels::overflow(),
+                    DryRunEvaluation::overflow(),
                 ),
             ),
             on_demand_dns: collector(
@@ -156,8 +156,8 @@ impl Telemetry {
     }
 
     /// Counts the evaluation of a policy that is in dry run.
-    pub fn dry_run(&self, policy: &PolicyKey, action: Action, matched: bool) {
-        self.0.dry_run.increase(DryRunLabels { policy: policy.clone(), action, matched });
+    pub fn dry_run(&self, evaluation: DryRunEvaluation) {
+        self.0.dry_run.increase(evaluation);
     }
 
     pub fn pods(&self) -> &PodMetrics {
@@ -214,6 +214,9 @@ impl Telemetry {
 
 impl Inner {
     fn register_counters(&self, registry: &mut Registry) {
+        for reporter in [Reporter::Source, Reporter::Destination] {
+            self.sockets.get_or_create(&[("reporter", reporter.label())]).set(0);
+        }
         registry.register("istio_tcp_sockets_open", "Open TCP sockets", self.sockets.clone());
         registry.register(
             "culvert_connections_failed_early",
@@ -290,20 +293,21 @@ impl EncodeLabelSet for DenialLabels {
     }
 }
 
+/// What a policy in dry run said of one connection.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct DryRunLabels {
-    policy: PolicyKey,
-    action: Action,
-    matched: bool,
+pub struct DryRunEvaluation {
+    pub policy: PolicyKey,
+    pub action: Action,
+    pub matched: bool,
 }
 
-impl DryRunLabels {
+impl DryRunEvaluation {
     fn overflow() -> Self {
         Self { policy: OVERFLOW.into(), action: Action::Deny, matched: false }
     }
 }
 
-impl EncodeLabelSet for DryRunLabels {
+impl EncodeLabelSet for DryRunEvaluation {
     fn encode(&self, encoder: &mut LabelSetEncoder) -> Result<(), fmt::Error> {
         let action = match self.action {
             Action::Allow => "allow",

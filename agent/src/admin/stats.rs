@@ -16,34 +16,40 @@ use crate::telemetry::Telemetry;
 const OPENMETRICS: &str = "application/openmetrics-text;charset=utf-8;version=1.0.0";
 const PLAIN: &str = "text/plain; charset=utf-8";
 
-pub(super) fn respond(telemetry: &Telemetry, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+pub(super) async fn respond(
+    telemetry: &Telemetry,
+    request: Request<Incoming>,
+) -> Response<Full<Bytes>> {
     match request.uri().path() {
-        "/metrics" | "/stats/prometheus" => metrics(telemetry, request),
+        "/metrics" | "/stats/prometheus" => metrics(telemetry, &request).await,
         _ => http::empty(StatusCode::NOT_FOUND),
     }
 }
 
-fn metrics(telemetry: &Telemetry, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+async fn metrics(telemetry: &Telemetry, request: &Request<Incoming>) -> Response<Full<Bytes>> {
     // The body is OpenMetrics text under both names; Prometheus reads it as either.
     let wanted = |part: &str| media_type(part).eq_ignore_ascii_case("application/openmetrics-text");
     let content_type = if list(request, &ACCEPT).any(wanted) { OPENMETRICS } else { PLAIN };
-    let text = match telemetry.encode() {
-        Ok(text) => text,
-        Err(error) => {
-            tracing::warn!(%error, "cannot write the metrics");
-            return http::empty(StatusCode::INTERNAL_SERVER_ERROR);
-        }
-    };
     let gzip = list(request, &ACCEPT_ENCODING).any(accepts_gzip);
-    let compressed = if gzip { compress(&text) } else { None };
-    let mut response = match compressed {
-        Some(body) => {
-            let mut response = http::typed(StatusCode::OK, content_type, body);
+    let telemetry = telemetry.clone();
+    // Many series take long to write: not on a thread that carries connections.
+    let written = tokio::task::spawn_blocking(move || {
+        let text = telemetry.encode().ok()?;
+        let compressed = if gzip { compress(&text) } else { None };
+        Some((text, compressed))
+    });
+    let mut response = match written.await {
+        Ok(Some((_, Some(compressed)))) => {
+            let mut response = http::typed(StatusCode::OK, content_type, compressed);
             let headers = response.headers_mut();
             headers.insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
             response
         }
-        None => http::typed(StatusCode::OK, content_type, text),
+        Ok(Some((text, None))) => http::typed(StatusCode::OK, content_type, text),
+        Ok(None) | Err(_) => {
+            tracing::warn!("cannot write the metrics");
+            return http::empty(StatusCode::INTERNAL_SERVER_ERROR);
+        }
     };
     response.headers_mut().insert(VARY, HeaderValue::from_static("accept, accept-encoding"));
     response

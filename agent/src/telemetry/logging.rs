@@ -75,7 +75,7 @@ struct Control {
     dropped: ErrorCounter,
 }
 
-/// The log is no longer there to be changed.
+/// The log is no longer there to be changed: its [`Logging::dispatch`] was dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the log has ended")]
 pub struct LogEnded;

@@ -5,8 +5,6 @@ use std::fmt::Write;
 use std::str::FromStr;
 
 use time::OffsetDateTime;
-use time::format_description::BorrowedFormatItem;
-use time::macros::format_description;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
@@ -54,7 +52,7 @@ where
         event: &Event<'_>,
     ) -> fmt::Result {
         let head = Head {
-            time: now()?,
+            time: Now(OffsetDateTime::now_utc()),
             level: level(*event.metadata().level()),
             scope: scope(event.metadata().target()),
         };
@@ -67,17 +65,21 @@ where
 }
 
 struct Head<'a> {
-    time: String,
+    time: Now,
     level: &'static str,
     scope: &'a str,
 }
 
 /// RFC 3339 in UTC with microseconds.
-const TIME: &[BorrowedFormatItem<'_>] =
-    format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z");
+struct Now(OffsetDateTime);
 
-fn now() -> Result<String, fmt::Error> {
-    OffsetDateTime::now_utc().format(TIME).map_err(|_| fmt::Error)
+impl fmt::Display for Now {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (year, month, day) = self.0.to_calendar_date();
+        let (hour, minute, second, micro) = self.0.time().as_hms_micro();
+        let month = u8::from(month);
+        write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micro:06}Z")
+    }
 }
 
 fn level(level: Level) -> &'static str {
@@ -154,6 +156,10 @@ struct OneLine<'a, 'w>(&'a mut Writer<'w>);
 
 impl fmt::Write for OneLine<'_, '_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
+        // Bytes of which control characters are made: C0, DEL, and the lead byte of C1.
+        if !text.bytes().any(|byte| byte < 0x20 || byte == 0x7f || byte == 0xc2) {
+            return self.0.write_str(text);
+        }
         let mut rest = text;
         while let Some((start, control)) = rest.char_indices().find(|(_, c)| c.is_control()) {
             let (clean, tail) = rest.split_at(start);
