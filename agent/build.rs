@@ -14,6 +14,7 @@ const PROGRAM: &str = "culvert";
 const OBJECT: &str = "culvert.bpf.o";
 
 fn main() -> ExitCode {
+    tell_version();
     match build() {
         Ok(()) => ExitCode::SUCCESS,
         Err(problem) => {
@@ -21,6 +22,26 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// What the configuration dump says of the program. Without git or its repository, nothing is known.
+fn tell_version() {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").args(arguments).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let revision = git(&["rev-parse", "HEAD"]).unwrap_or_else(|| "unknown".to_owned());
+    let status = match git(&["status", "--porcelain", "--untracked-files=no"]) {
+        Some(changes) if changes.is_empty() => "Clean",
+        Some(_) => "Modified",
+        None => "unknown",
+    };
+    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let version = Command::new(rustc).arg("--version").output();
+    let version = version.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    println!("cargo::rustc-env=CULVERT_GIT_REVISION={revision}");
+    println!("cargo::rustc-env=CULVERT_BUILD_STATUS={status}");
+    println!("cargo::rustc-env=CULVERT_RUST_VERSION={}", version.unwrap_or_default());
 }
 
 fn build() -> Result<(), String> {

@@ -72,7 +72,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         },
     });
     if let Some(logs) = node.capture.logs() {
-        tokio::spawn(logs.run());
+        tokio::spawn(logs.forward());
     }
     let (trigger, draining) = drain::drain();
     let mut enrolment = Enrolment::new(node.clone(), readiness.clone(), draining.clone());

@@ -112,6 +112,7 @@ pub struct Capture {
     sockets_fd: std::os::fd::OwnedFd,
     maps: Mutex<Maps>,
     logs: Mutex<Option<KernelLogs>>,
+    programs: Vec<(String, u32)>,
 }
 
 impl Capture {
@@ -148,6 +149,7 @@ impl Capture {
         for program in CGROUP_PROGRAMS.iter().rev() {
             programs.attach_to_cgroup(program, cgroup.as_fd(), &pins.link(program))?;
         }
+        let programs = programs.ids();
         let logs = KernelLogs::new(&mut object);
         let capture = Capture {
             loader,
@@ -156,6 +158,7 @@ impl Capture {
             sockets_fd,
             maps: Mutex::new(maps),
             logs: Mutex::new(logs),
+            programs,
         };
         capture.adopt(adopted)?;
         Ok(capture)
@@ -237,6 +240,11 @@ impl Capture {
         // SAFETY: the map's keys are descriptors and its values are `SocketState`.
         unsafe { sys::map_update(self.sockets_fd.as_fd(), &socket.as_fd().as_raw_fd(), &state) }
             .map_err(|error| maps::failed(SOCKETS_MAP, MapError::IoError(error)))
+    }
+
+    /// The attached programs of this agent: name and kernel id.
+    pub fn programs(&self) -> Vec<(String, u32)> {
+        self.programs.clone()
     }
 
     /// Entries in the maps at this moment.

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use culvert_abi::{APPLICATION_MARK, OUTBOUND_MARK};
+pub use culvert_core::admit::DialFrom;
 use rand::RngExt;
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
@@ -30,17 +31,6 @@ const PORT_ATTEMPTS: usize = 16;
 
 /// `IPV6_TRANSPARENT` (Linux 2.6.37).
 const IPV6_TRANSPARENT: libc::c_int = 75;
-
-/// Whose address an application sees as its client's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DialFrom {
-    /// This one's. Needs the namespace's return route, see [`Netns::add_return_route`].
-    Client(IpAddr),
-    /// The application's own pod's.
-    Own,
-    /// Loopback.
-    Loopback,
-}
 
 /// Dials out of a pod: the socket lies in the pod's namespace, and so has its addresses and routes,
 /// and is exempt from capture. `source` picks one of the pod's addresses.

@@ -10,14 +10,16 @@ use culvert_core::authorization::{Action, Connection};
 use culvert_core::authorize::{self, Denied, DryRun, Permit};
 use culvert_core::snapshot::Snapshot;
 use culvert_core::view::Enrolled;
-use culvert_core::workload::Workload;
+use culvert_core::workload::{PolicyKey, Workload};
 use tokio::sync::watch;
 
 use crate::ca::Certificates;
 use crate::capture::Capture;
+use crate::config::Keepalive;
 use crate::connections::Connections;
+use crate::hbone;
 use crate::pods::Pod;
-use crate::telemetry::{Denial, DenialReason, Telemetry};
+use crate::telemetry::{Denial, DenialReason, DryRunEvaluation, Telemetry};
 
 /// How long a connection waits for the pod's own workload to become known.
 const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
@@ -28,12 +30,14 @@ pub struct Node {
     pub name: Arc<str>,
     /// The network that this node's addresses belong to.
     pub network: Arc<str>,
-    pub mesh: Mesh,
+    pub mesh: Arc<Mesh>,
     pub capture: Arc<Capture>,
     pub certificates: Arc<Certificates>,
     pub telemetry: Telemetry,
     pub connections: Connections,
-    pub tunnels: crate::hbone::Settings,
+    pub tunnels: hbone::Settings,
+    /// Kernel keepalive of captured and dialled connections.
+    pub keepalive: Option<Keepalive>,
     pub options: Options,
 }
 
@@ -92,17 +96,14 @@ impl Node {
     fn tell_dry_run(&self, dry_run: &DryRun, connection: &Connection) {
         let source = connection.source;
         tracing::info!(target: "rbac", %source, port = connection.port, "dry run: {dry_run}");
+        let tell = |policy: &PolicyKey, action, matched| {
+            self.telemetry.dry_run(DryRunEvaluation { policy: policy.clone(), action, matched });
+        };
         match dry_run {
-            DryRun::WouldDeny { policy, .. } => {
-                self.telemetry.dry_run(policy, Action::Deny, true);
-            }
-            DryRun::WouldAllow { policy, .. } => {
-                self.telemetry.dry_run(policy, Action::Allow, true);
-            }
+            DryRun::WouldDeny { policy, .. } => tell(policy, Action::Deny, true),
+            DryRun::WouldAllow { policy, .. } => tell(policy, Action::Allow, true),
             DryRun::WouldNotAllow { policies } => {
-                for policy in policies {
-                    self.telemetry.dry_run(policy, Action::Allow, false);
-                }
+                policies.iter().for_each(|policy| tell(policy, Action::Allow, false));
             }
         }
     }

@@ -11,7 +11,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::accept::{accept_until, reset};
+use crate::accept::{accept_until, reset, tune};
 use crate::decide::decide;
 use crate::drain::DrainWatch;
 use crate::node::Node;
@@ -57,6 +57,7 @@ async fn carry(node: &Arc<Node>, pod: &Arc<Pod>, tcp: TcpStream, peer: SocketAdd
         node.telemetry.failed_early(Reporter::Source, client, dst, error);
         reset(tcp);
     };
+    tune(&tcp, node.keepalive);
     let own = tcp.local_addr().unwrap_or(peer);
     let original = match node.capture.original_dst(&tcp) {
         Ok(Some(original)) => original,

@@ -1,6 +1,6 @@
 //! A pod of this node while it is enrolled: its namespace, its tunnels, its listeners.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
@@ -26,6 +26,17 @@ impl Pod {
     pub fn new(uid: Arc<str>, netns: Arc<Netns>, addresses: Vec<IpAddr>, pool: Pool) -> Self {
         let (leaving, closed, gone) = Default::default();
         Self { uid, netns, addresses, pool, leaving, closed, gone }
+    }
+
+    /// The address that a captured connection really comes from: on its way to the agent the kernel
+    /// programs may have led it over loopback, where it keeps its port.
+    pub fn client_addr(&self, peer: SocketAddr, destination: IpAddr) -> SocketAddr {
+        if !peer.ip().is_loopback() {
+            return peer;
+        }
+        let family = |ip: &&IpAddr| ip.is_ipv4() == destination.is_ipv4();
+        let own = self.addresses.iter().find(family).copied();
+        SocketAddr::new(own.unwrap_or(peer.ip()), peer.port())
     }
 
     /// It takes no new streams on its tunnels; peers are told to go elsewhere.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -169,7 +170,7 @@ impl Enrolment {
         if let Some(enrolled) = self.enrolled.get_mut(uid) {
             if enrolled.spec != spec {
                 let listeners = PodListeners::from(&enrolled.listeners);
-                let netns = &enrolled.pod.netns;
+                let netns = &*enrolled.pod.netns;
                 let capture = &self.node.capture;
                 match capture.enrol(netns.as_fd(), netns.cookie(), &spec, &listeners) {
                     Ok(()) => enrolled.spec = spec,
@@ -237,6 +238,7 @@ impl Enrolment {
         tokio::task::spawn_blocking(move || {
             netns.add_return_route().map_err(EnrolError::Route)?;
             let listeners = PodListeners::from(&listeners);
+            let netns = &*netns;
             capture.enrol(netns.as_fd(), netns.cookie(), &spec, &listeners)?;
             Ok(())
         })

@@ -21,6 +21,14 @@ impl<'a> Programs<'a> {
         Self(object)
     }
 
+    /// Name and kernel id of each program that is loaded.
+    pub fn ids(&self) -> Vec<(String, u32)> {
+        let loaded = self.0.programs().filter_map(|(name, program)| {
+            program.info().ok().map(|info| (name.to_owned(), info.id()))
+        });
+        loaded.collect()
+    }
+
     /// Attaches a program to a cgroup, or replaces the one behind the link pinned at `pin`.
     pub fn attach_to_cgroup(
         &mut self,

@@ -57,6 +57,11 @@ impl Netns {
         Netns::open("/proc/thread-self/ns/net")
     }
 
+    /// Device and inode of the namespace, which tell it apart from others.
+    pub fn metadata(&self) -> io::Result<std::fs::Metadata> {
+        self.file.metadata()
+    }
+
     /// What the kernel programs know it by.
     pub fn cookie(&self) -> NetnsCookie {
         self.cookie
@@ -104,6 +109,17 @@ pub struct Listeners {
     pub outbound: TcpListener,
     pub plaintext: TcpListener,
     pub hbone: TcpListener,
+}
+
+impl Listeners {
+    /// Other descriptors of the same sockets.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            outbound: self.outbound.try_clone()?,
+            plaintext: self.plaintext.try_clone()?,
+            hbone: self.hbone.try_clone()?,
+        })
+    }
 }
 
 /// Puts the thread back where it was, whatever happens.

@@ -41,6 +41,10 @@ pub struct FileStatus {
     pub path: Arc<Path>,
     /// When the version in force was read.
     pub loaded_at: SystemTime,
+    /// How many versions have been taken over.
+    pub loads: u64,
+    /// How many could not be.
+    pub errors: u64,
     /// Why the file as it is now is not in force.
     pub error: Option<Arc<str>>,
 }
@@ -87,7 +91,7 @@ impl FileSource {
         let watch = watch?;
         let first =
             MeshFile { changes: diff(&Mesh::default(), &good), culvert: good.culvert.clone() };
-        let status = FileStatus { path: path.clone(), loaded_at: SystemTime::now(), error: None };
+        let status = FileStatus { path: path.clone(), loaded_at: SystemTime::now(), loads: 1, errors: 0, error: None };
         let source = FileSource {
             path,
             good: Arc::new(good),
@@ -129,13 +133,17 @@ impl FileSource {
                 self.good = Arc::new(mesh);
                 self.status.send_modify(|status| {
                     status.loaded_at = SystemTime::now();
+                    status.loads += 1;
                     status.error = None;
                 });
                 FileUpdate::Changed(MeshFile { changes, culvert })
             }
             Err(error) => {
                 let text = error.to_string();
-                self.status.send_modify(|status| status.error = Some(text.into()));
+                self.status.send_modify(|status| {
+                    status.errors += 1;
+                    status.error = Some(text.into());
+                });
                 FileUpdate::Rejected(error)
             }
         })

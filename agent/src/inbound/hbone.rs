@@ -14,6 +14,7 @@ use http::{HeaderMap, Method, StatusCode};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
+use crate::accept::tune;
 use crate::connections::{Direction, Guard, LiveConnection, Protocol};
 use crate::decide::decide;
 use crate::drain::DrainWatch;
@@ -38,6 +39,7 @@ pub(super) async fn serve(
     drain: DrainWatch,
 ) {
     let _open = node.telemetry.socket_opened(Reporter::Destination);
+    tune(&tcp, None);
     let Ok(own) = tcp.local_addr() else { return };
     let failed = |error: &dyn std::fmt::Display| {
         node.telemetry.failed_early(Reporter::Destination, peer, own, error);

@@ -7,7 +7,7 @@ use culvert_core::admit::{self, Admission};
 use culvert_core::workload::Workload;
 use tokio::net::TcpStream;
 
-use crate::accept::reset;
+use crate::accept::{reset, tune};
 use crate::connections::{Direction, LiveConnection, Protocol};
 use crate::drain::DrainWatch;
 use crate::node::{Node, denial};
@@ -24,6 +24,7 @@ pub(super) async fn carry(
     drain: DrainWatch,
 ) {
     let _open = node.telemetry.socket_opened(Reporter::Destination);
+    tune(&tcp, node.keepalive);
     // The kernel assigned the listener without rewriting: the local address is the original one.
     let addressed = match tcp.local_addr() {
         Ok(addr) => SocketAddr::new(addr.ip().to_canonical(), addr.port()),

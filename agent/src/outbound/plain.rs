@@ -6,7 +6,7 @@ use culvert_core::addr::AppAddr;
 use culvert_core::workload::Workload;
 
 use super::Captured;
-use crate::accept::reset;
+use crate::accept::{reset, tune};
 use crate::connections::{Direction, LiveConnection, Protocol};
 use crate::dial;
 use crate::relay;
@@ -42,8 +42,11 @@ pub(super) async fn carry(captured: Captured<'_>, to: AppAddr, workload: Option<
         service: hostname,
         counters: open.counters(),
     });
-    let server = match dial::dial_out(&pod.netns, &node.capture, to.addr()).await {
-        Ok(server) => server,
+    let server = match dial::dial_out(&pod.netns, &node.capture, None, to.addr()).await {
+        Ok(server) => {
+            tune(&server, node.keepalive);
+            server
+        }
         Err(error) => {
             reset(tcp);
             let error = format!("connection failed: {error}");

@@ -11,7 +11,7 @@ use culvert_core::workload::Workload;
 use http::StatusCode;
 
 use super::Captured;
-use crate::accept::reset;
+use crate::accept::{reset, tune};
 use crate::ca::CaError;
 use crate::connections::{Direction, LiveConnection, Protocol};
 use crate::dial;
@@ -111,7 +111,7 @@ impl Caller<'_> {
         outer: HboneStream,
         certificate: &WorkloadCertificate,
     ) -> Result<HboneStream, TunnelError> {
-        let outer = crate::hbone::io::HboneIo::new(outer);
+        let outer = crate::hbone::HboneIo::new(outer);
         let limit = tls::HANDSHAKE_LIMIT;
         let secured = tls::connect(outer, certificate, &tunnel.expect, limit).await;
         let secured = secured.map_err(DialError::Tls)?;
@@ -143,8 +143,12 @@ impl Caller<'_> {
         expect: &[Identity],
         certificate: &WorkloadCertificate,
     ) -> Result<ClientStream, DialError> {
-        let tcp = dial::dial_out(&self.pod.netns, &self.node.capture, via.addr()).await;
+        // Waypoints judge by the source address: it is the client's where the families agree.
+        let source = Some(self.client.ip()).filter(|ip| ip.is_ipv4() == via.ip().is_ipv4());
+        let (netns, capture) = (&self.pod.netns, &self.node.capture);
+        let tcp = dial::dial_out(netns, capture, source, via.addr()).await;
         let tcp = tcp.map_err(DialError::Tcp)?;
+        tune(&tcp, self.node.keepalive);
         tls::connect(tcp, certificate, expect, tls::HANDSHAKE_LIMIT).await.map_err(DialError::Tls)
     }
 }
