@@ -1,0 +1,95 @@
+//! `cargo xtask bench`: Culvert beside the plain path, in alternated rounds.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use crate::setup::{self, Purpose};
+use crate::shell::Steps;
+use crate::{binary, shell};
+
+pub mod load;
+pub mod server;
+
+mod field;
+mod measure;
+mod report;
+
+use field::{Field, Path};
+use measure::Kind;
+use report::Report;
+
+/// Measure throughput, latency, connections, processor time and memory beside the plain path
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  cargo xtask bench --quick
+  cargo xtask bench --only latency --only cpu-per-10k --json numbers.json
+  CULVERT_BIN=/tmp/other/culvert cargo xtask bench --path cross")]
+pub struct Arguments {
+    /// A minute's look: one short round
+    #[arg(long)]
+    quick: bool,
+    /// Also write the figures to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Only measures whose name begins with this; may be given again
+    #[arg(long, value_name = "NAME")]
+    only: Vec<String>,
+    /// Only this path
+    #[arg(long, value_enum)]
+    path: Option<Path>,
+    /// Rounds of each measure
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Seconds of one measurement
+    #[arg(long)]
+    seconds: Option<f64>,
+}
+
+pub fn run(arguments: &Arguments) -> Result<()> {
+    let steps = Steps::new();
+    setup::ensure(&steps, Purpose::Test)?;
+    let binary = binary::release(&steps)?;
+    culvert_lab::sys::raise_open_files_limit().context("raising the limit of open files")?;
+    let rounds = arguments.rounds.unwrap_or(if arguments.quick { 1 } else { 5 }).max(1);
+    let seconds = arguments.seconds.unwrap_or(if arguments.quick { 1.2 } else { 3.0 });
+    let idle = if arguments.quick { 2_000 } else { 10_000 };
+    let mut report = Report::default();
+    steps.heading("Making the mesh");
+    let mut field = None;
+    steps.step("two nodes with agents, two without", || {
+        field = Some(Field::start(&binary)?);
+        Ok(String::new())
+    })?;
+    let mut field = field.context("no mesh")?;
+    let wanted = |kind: &Kind| {
+        let names = kind.measures();
+        let matches = |only: &String| names.iter().any(|name| name.starts_with(only.as_str()));
+        arguments.only.is_empty() || arguments.only.iter().any(matches)
+    };
+    for path in [Path::Same, Path::Cross] {
+        if arguments.path.is_some_and(|only| only != path) {
+            continue;
+        }
+        steps.heading(&format!("{}, {rounds} rounds of {seconds} s each", path.title()));
+        for kind in Kind::all().into_iter().filter(&wanted) {
+            steps.step(kind.title(), || {
+                let figures = match kind {
+                    Kind::Idle => measure::idle(&mut field, path, idle)?,
+                    _ => measure::alternate(&mut field, path, kind, rounds, seconds)?,
+                };
+                let note = figures.first().map(|figure| figure.summary()).unwrap_or_default();
+                report.extend(figures);
+                Ok(note)
+            })?;
+        }
+    }
+    report.retain(&arguments.only);
+    println!("\n{report}");
+    if let Some(file) = &arguments.json {
+        report.write(file)?;
+        println!("written to {}", file.display());
+    }
+    println!("{}", shell::dim(&format!("{:.0} s", steps.elapsed().as_secs_f64())));
+    Ok(())
+}

@@ -1,0 +1,177 @@
+//! The mesh that is measured, and its twin without Culvert.
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::Path as FilePath;
+use std::process::{ChildStdin, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use culvert_lab::agent::Agent;
+use culvert_lab::lab::{Attach, Pod};
+use culvert_lab::mesh::{Mesh, PodSpec, Running};
+use culvert_lab::process::Process;
+use culvert_lab::wait;
+
+use super::load::Outcome;
+
+/// Where the server is, seen from the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Path {
+    /// On the same node
+    Same,
+    /// On another node
+    Cross,
+}
+
+/// With or without Culvert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    Plain,
+    Culvert,
+}
+
+impl Path {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Same => "same",
+            Self::Cross => "cross",
+        }
+    }
+
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Same => "Same node",
+            Self::Cross => "Across nodes",
+        }
+    }
+}
+
+const PORT: u16 = 7000;
+
+/// Four nodes: two with agents, and two just like them without.
+pub struct Field {
+    agents: Vec<Agent>,
+    _servers: Vec<Process>,
+    mesh: Running,
+}
+
+impl Field {
+    pub fn start(binary: &FilePath) -> Result<Self> {
+        // Each agent attaches at its own node, so that the plain pods meet none of its programs.
+        let mesh = Mesh::new()
+            .attach(Attach::Node)
+            .node("a")
+            .pod("client", "bench", "client")
+            .pod("near", "bench", "server")
+            .node("b")
+            .pod("far", "bench", "server")
+            .node("c")
+            .pod_with(PodSpec::unknown("plain-client"))
+            .pod_with(PodSpec::unknown("plain-near"))
+            .node("d")
+            .pod_with(PodSpec::unknown("plain-far"))
+            .start()?;
+        let own = std::env::current_exe().context("finding this program")?;
+        let mut servers = Vec::new();
+        for name in ["near", "far", "plain-near", "plain-far"] {
+            let place = mesh.pod(name).place();
+            let mut command = place.command(&own)?;
+            command.args(["bench-server", "--port", &PORT.to_string()]);
+            servers.push(place.start(&format!("server-{name}"), &mut command)?);
+        }
+        let agents = vec![mesh.agent("a", binary)?, mesh.agent("b", binary)?];
+        let field = Self { agents, _servers: servers, mesh };
+        for path in [Path::Same, Path::Cross] {
+            for side in [Side::Plain, Side::Culvert] {
+                field.wait_for(path, side)?;
+            }
+        }
+        Ok(field)
+    }
+
+    /// The agents that a connection passes on this path.
+    pub fn agents(&self, path: Path) -> Vec<u32> {
+        let count = if path == Path::Same { 1 } else { 2 };
+        self.agents.iter().take(count).map(Agent::pid).collect()
+    }
+
+    /// Runs one load to its end.
+    pub fn load(&self, path: Path, side: Side, arguments: &[&str]) -> Result<Outcome> {
+        let output = self.command(path, side, arguments)?.output().context("starting the load")?;
+        if !output.status.success() {
+            let error = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+            bail!("{} over {side:?}: {error}\n{}", arguments.join(" "), self.logs(8));
+        }
+        serde_json::from_slice(&output.stdout).context("reading what the load printed")
+    }
+
+    /// Opens connections and holds them for as long as the result lives.
+    pub fn hold(&self, path: Path, side: Side, count: usize) -> Result<Held> {
+        let count = count.to_string();
+        let arguments = ["--kind", "idle", "--connections", &count];
+        let mut command = self.command(path, side, &arguments)?;
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().context("starting the load")?;
+        let printed = child.stdout.take().context("no output")?;
+        let mut line = String::new();
+        BufReader::new(printed).read_line(&mut line)?;
+        let held = Held { input: child.stdin.take(), child };
+        if line.trim() != "holding" {
+            bail!("the connections could not be opened\n{}", self.logs(8));
+        }
+        Ok(held)
+    }
+
+    /// How the agents' logs end.
+    pub fn logs(&self, lines: usize) -> String {
+        let tails = ["a", "b"].iter().zip(&self.agents).map(|(node, agent)| {
+            let log = agent.log();
+            format!("agent {node}:\n{}", crate::shell::last_lines(&log, lines))
+        });
+        tails.collect::<Vec<_>>().join("\n")
+    }
+
+    fn wait_for(&self, path: Path, side: Side) -> Result<()> {
+        wait::until_some(format!("{path:?} {side:?} to answer"), Duration::from_secs(20), || {
+            self.load(path, side, &["--kind", "requests", "--seconds", "0.05"])
+        })
+        .map(drop)
+    }
+
+    fn command(&self, path: Path, side: Side, arguments: &[&str]) -> Result<Command> {
+        let (client, server) = self.ends(path, side);
+        // Bytes in bulk have a port of their own.
+        let port = if arguments.contains(&"bulk") { PORT + 1 } else { PORT };
+        let to = SocketAddr::new(server.v4().into(), port).to_string();
+        let own = std::env::current_exe().context("finding this program")?;
+        let mut command = client.place().command(own)?;
+        command.args(["bench-load", "--to", &to]).args(arguments);
+        Ok(command)
+    }
+
+    fn ends(&self, path: Path, side: Side) -> (&Pod, &Pod) {
+        let (client, server) = match (side, path) {
+            (Side::Culvert, Path::Same) => ("client", "near"),
+            (Side::Culvert, Path::Cross) => ("client", "far"),
+            (Side::Plain, Path::Same) => ("plain-client", "plain-near"),
+            (Side::Plain, Path::Cross) => ("plain-client", "plain-far"),
+        };
+        (self.mesh.pod(client), self.mesh.pod(server))
+    }
+}
+
+/// Connections held open by a process.
+pub struct Held {
+    input: Option<ChildStdin>,
+    child: std::process::Child,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        drop(self.input.take());
+        // A failure leaves the process to the lab's end.
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,28 @@
+use super::*;
+
+fn figure(rounds: &[(f64, f64)]) -> Figure {
+    let (path, measure) = ("same", "throughput-1".to_owned());
+    Figure { path, measure, rounds: rounds.to_vec(), unit: "Gbit/s" }
+}
+
+#[test]
+fn the_median_of_an_even_count_lies_between() {
+    assert_eq!(median([4.0, 1.0, 3.0, 2.0].into_iter()), 2.5);
+    assert_eq!(median([3.0, 1.0, 2.0].into_iter()), 2.0);
+    assert_eq!(median([].into_iter()), 0.0);
+}
+
+#[test]
+fn the_ratio_is_taken_round_by_round() {
+    let figure = figure(&[(10.0, 5.0), (20.0, 10.0), (40.0, 10.0)]);
+    assert_eq!(figure.json()["ratio"], 0.5);
+    assert_eq!(figure.json()["plain"], 20.0);
+    assert_eq!(figure.json()["spread"], 0.5);
+}
+
+#[test]
+fn a_plain_path_that_costs_nothing_has_no_ratio() {
+    let figure = figure(&[(0.0, 2.0), (0.0, 3.0)]);
+    assert_eq!(figure.json()["ratio"], Value::Null);
+    assert_eq!(figure.json()["culvert"], 2.5);
+}
