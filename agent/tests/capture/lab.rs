@@ -1,5 +1,7 @@
 //! A node and its pods in network namespaces, a capture on them, and its removal.
 
+#![allow(dead_code)] // Each test binary uses a part of this.
+
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -64,6 +66,10 @@ impl Node {
             log_level: LevelFilter::OFF,
         };
         Node { name, id, pods: AtomicU32::new(0), netns, options }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     pub fn capture(&self) -> Capture {

@@ -29,7 +29,7 @@ pub const PLAINTEXT_PORT: u16 = 15006;
 pub const HBONE_PORT: u16 = 15008;
 
 /// Most connections that one pod may have between SYN and accept; further ones are refused.
-pub const MAX_FLOWS_PER_POD: usize = 16384;
+pub const MAX_FLOWS_PER_POD: usize = 8192;
 /// Most connections of the node itself that may be between SYN and their answer.
 pub const MAX_PROBES: usize = 16384;
 
