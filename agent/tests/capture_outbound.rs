@@ -389,7 +389,7 @@ fn five_thousand_connections_all_find_their_destination() {
 #[test]
 fn failed_connections_leave_no_flows() {
     let Enrolled { _node, pod, capture, listeners } = Enrolled::new();
-    drop(listeners);
+    close(listeners);
     for to in [FOREIGN_V4, FOREIGN_V6, FOREIGN_MAPPED].repeat(20) {
         let error = pod.connect(addr(to)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
@@ -416,7 +416,7 @@ fn abandoned_connections_leave_no_flows() {
     assert!(mesh.capture.counts().flows > 0);
     drop(clients);
     eventually("no flows", || mesh.capture.counts().flows == 0);
-    drop(listeners);
+    close(listeners);
 }
 
 #[test]
@@ -446,7 +446,7 @@ fn full_flow_table_refuses_and_spares_other_pods() {
     assert_eq!(accept_captured(&mesh.capture, &others).1, addr(FOREIGN_V4));
     drop(clients);
     eventually("no flows", || mesh.capture.counts().flows == 0);
-    drop(listeners);
+    close(listeners);
 }
 
 fn raise_open_files(count: u64) {

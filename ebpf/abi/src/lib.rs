@@ -300,11 +300,6 @@ const _: () = {
 impl Address {
     /// No address.
     pub const UNSPECIFIED: Address = Address { ip: [0; 16] };
-    /// `::1`.
-    pub const LOOPBACK_V6: Address = Address::v6([0, 0, 0, 1u32.to_be()]);
-    /// `127.0.0.1`.
-    pub const LOOPBACK_V4: Address = Address::v4(0x7f00_0001u32.to_be());
-
     /// From the words that a context holds, in network byte order.
     #[inline(always)]
     pub const fn v6(words: [u32; 4]) -> Self {
