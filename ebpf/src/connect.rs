@@ -22,8 +22,29 @@ pub enum Connect {
     Untouched,
     /// The system call fails.
     Refused,
-    /// The socket connects to the agent at this address instead.
-    Captured(Address),
+    /// The socket connects to the agent instead.
+    Captured(Target),
+}
+
+/// Where in the pod the agent is connected to.
+pub enum Target {
+    LoopbackV4,
+    LoopbackV6,
+    /// The pod's own address.
+    Own(Address),
+}
+
+impl Target {
+    /// The words of the address. Written out one by one: a constant of sixteen bytes would become a
+    /// map of its own.
+    #[inline(always)]
+    pub fn words(&self) -> [u32; 4] {
+        match self {
+            Target::LoopbackV4 => [0, 0, 0xffffu32.to_be(), 0x7f00_0001u32.to_be()],
+            Target::LoopbackV6 => [0, 0, 0, 1u32.to_be()],
+            Target::Own(address) => address.words(),
+        }
+    }
 }
 
 /// Only TCP of enrolled pods is captured. The socket of an MPTCP client arrives here as the TCP
@@ -64,11 +85,8 @@ pub fn connect(ctx: &SockAddrContext, destination: Address) -> Connect {
         count(|counts| &mut counts.passed_excluded);
         return Connect::Untouched;
     }
-    let (own, loopback) = if destination.is_v4() {
-        (pod.ipv4, Address::LOOPBACK_V4)
-    } else {
-        (pod.ipv6, Address::LOOPBACK_V6)
-    };
+    let is_v4 = destination.is_v4();
+    let own = if is_v4 { pod.ipv4 } else { pod.ipv6 };
     if own.is_unspecified() {
         debug!(ctx, "netns {}: no address to reach {:i} port {} from", netns, destination.ip, port);
         count(|counts| &mut counts.refused_family);
@@ -94,7 +112,13 @@ pub fn connect(ctx: &SockAddrContext, destination: Address) -> Connect {
     // A socket that is bound to a device does not reach 127.0.0.1, but it does reach its own address.
     // SAFETY: `sk` is the context's, and not null.
     let device = unsafe { read!((*sk).bound_dev_if) };
-    Connect::Captured(if device == 0 || device == LOOPBACK { loopback } else { own })
+    Connect::Captured(if device != 0 && device != LOOPBACK {
+        Target::Own(own)
+    } else if is_v4 {
+        Target::LoopbackV4
+    } else {
+        Target::LoopbackV6
+    })
 }
 
 /// Loopback, the pod itself, or "this host" (RFC 1122 section 3.2.1.3).

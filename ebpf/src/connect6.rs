@@ -18,7 +18,7 @@ pub fn cv_connect6(ctx: SockAddrContext) -> i32 {
         Connect::Captured(target) => {
             // SAFETY: as above.
             unsafe {
-                context::set_address6(addr, target);
+                context::set_words6(addr, target.words());
                 context::set_port(addr, OUTBOUND_PORT);
             }
             1

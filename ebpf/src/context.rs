@@ -128,11 +128,12 @@ pub unsafe fn address4(addr: *mut bpf_sock_addr) -> Address {
     Address::v4(unsafe { read!((*addr).user_ip4) })
 }
 
+/// Sets it, from the words of an [`Address`].
+///
 /// # Safety
 /// As for [`address4`].
 #[inline(always)]
-pub unsafe fn set_address4(addr: *mut bpf_sock_addr, address: Address) {
-    let [_, _, _, word] = address.words();
+pub unsafe fn set_words4(addr: *mut bpf_sock_addr, [_, _, _, word]: [u32; 4]) {
     // SAFETY: by this function's contract.
     unsafe { write!((*addr).user_ip4, word) }
 }
@@ -154,11 +155,12 @@ pub unsafe fn address6(addr: *mut bpf_sock_addr) -> Address {
     }
 }
 
+/// Sets it, from the words of an [`Address`].
+///
 /// # Safety
 /// As for [`address6`].
 #[inline(always)]
-pub unsafe fn set_address6(addr: *mut bpf_sock_addr, address: Address) {
-    let [a, b, c, d] = address.words();
+pub unsafe fn set_words6(addr: *mut bpf_sock_addr, [a, b, c, d]: [u32; 4]) {
     // SAFETY: by this function's contract.
     unsafe {
         write!((*addr).user_ip6[0], a);

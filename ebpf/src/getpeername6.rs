@@ -19,7 +19,7 @@ pub fn cv_getpeername6(ctx: SockAddrContext) -> i32 {
         if let Some(state) = socket::state(sk.cast())
             && socket::is(state, SocketRole::Captured)
         {
-            context::set_address6(addr, (*state).original);
+            context::set_words6(addr, (*state).original.words());
             context::set_port(addr, (*state).port as u16);
         }
     }

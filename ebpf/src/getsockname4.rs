@@ -19,7 +19,7 @@ pub fn cv_getsockname4(ctx: SockAddrContext) -> i32 {
         if let Some(state) = socket::state(sk.cast())
             && socket::is(state, SocketRole::Captured)
         {
-            context::set_address4(addr, (*state).own);
+            context::set_words4(addr, (*state).own.words());
         }
     }
     1

@@ -74,6 +74,13 @@ fn from_outside(ctx: &SkLookupContext, netns: u64, ends: &Ends) -> u32 {
         count(|counts| &mut counts.inbound_refused);
         return SK_DROP;
     }
+    if port == HBONE_PORT as u32 {
+        let assigned = lead(ctx, netns, port, Listener::Hbone);
+        if assigned == SK_PASS {
+            count(|counts| &mut counts.inbound_hbone);
+        }
+        return assigned;
+    }
     if is_excluded(netns, port) {
         count(|counts| &mut counts.inbound_excluded);
         return SK_PASS;
@@ -89,15 +96,19 @@ fn from_outside(ctx: &SkLookupContext, netns: u64, ends: &Ends) -> u32 {
         count(|counts| &mut counts.inbound_node);
         return SK_PASS;
     }
-    let hbone = port == HBONE_PORT as u32;
-    let assigned = assign(ctx, netns, if hbone { Listener::Hbone } else { Listener::Plaintext });
+    let assigned = lead(ctx, netns, port, Listener::Plaintext);
+    if assigned == SK_PASS {
+        count(|counts| &mut counts.inbound_plaintext);
+    }
+    assigned
+}
+
+#[inline(always)]
+fn lead(ctx: &SkLookupContext, netns: u64, port: u32, listener: Listener) -> u32 {
+    let assigned = assign(ctx, netns, listener);
     if assigned == SK_DROP {
         debug!(ctx, "netns {}: port {} refused, the agent does not listen", netns, port);
         count(|counts| &mut counts.inbound_refused);
-    } else if hbone {
-        count(|counts| &mut counts.inbound_hbone);
-    } else {
-        count(|counts| &mut counts.inbound_plaintext);
     }
     assigned
 }

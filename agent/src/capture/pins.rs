@@ -4,7 +4,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
@@ -25,7 +25,13 @@ const PODS: &str = "pods";
 #[derive(Debug)]
 pub struct Pins {
     root: PathBuf,
-    _lock: File,
+    lock: File,
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        sys::unlock(&self.lock);
+    }
 }
 
 impl Pins {
@@ -48,16 +54,12 @@ impl Pins {
             Err(error) => return Err(path_error("pin folder", root, error)),
         };
         match sys::lock(&lock) {
-            Ok(()) => Ok(Some(Pins { root: root.to_owned(), _lock: lock })),
+            Ok(()) => Ok(Some(Pins { root: root.to_owned(), lock })),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 Err(CaptureError::Busy(root.to_owned()))
             }
             Err(error) => Err(path_error("lock of pin folder", root, error)),
         }
-    }
-
-    pub fn root(&self) -> &Path {
-        &self.root
     }
 
     pub fn map(&self, map: &str) -> PathBuf {
@@ -88,7 +90,7 @@ impl Pins {
 
     /// Detaches a pod's program, if it is attached.
     pub fn unlink_pod(&self, cookie: NetnsCookie) -> Result<(), CaptureError> {
-        remove_file(&self.pod(cookie)).map(drop)
+        remove_link(&self.pod(cookie)).map(drop)
     }
 
     /// The pods whose programs are attached.
@@ -125,17 +127,17 @@ impl Pins {
         // Links before maps, so that no program runs on maps that nobody can see any more.
         for (folder, count) in [LINKS, PODS].into_iter().zip(&mut removed) {
             for path in entries(&self.root.join(folder))? {
-                *count += usize::from(remove_file(&path)?);
+                *count += usize::from(remove_link(&path)?);
             }
         }
         for path in entries(&self.root.join(MAPS))? {
             remove_file(&path)?;
         }
-        for folder in [self.root.join(LINKS), self.root.join(PODS), self.root.join(MAPS), self.root]
-        {
-            match fs::remove_dir(&folder) {
+        let folders = [LINKS, PODS, MAPS].map(|folder| self.root.join(folder));
+        for folder in folders.iter().chain([&self.root]) {
+            match fs::remove_dir(folder) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(path_error("pin folder", &folder, error));
+                    return Err(path_error("pin folder", folder, error));
                 }
                 Ok(()) | Err(_) => {}
             }
@@ -172,6 +174,19 @@ fn ensure_bpf_fs(root: &Path) -> Result<(), CaptureError> {
     let advice =
         format!("not on a BPF file system; mount one: mount -t bpf bpf {}", root.display());
     Err(failed(io::Error::other(advice)))
+}
+
+/// Detaches a pinned link and removes the pin. Whether there was one.
+fn remove_link(path: &Path) -> Result<bool, CaptureError> {
+    match sys::pinned(path) {
+        Ok(link) => {
+            // What it was attached to may be gone already, and then so is the attachment.
+            let _ = sys::link_detach(link.as_fd());
+            remove_file(path)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(path_error("pinned link", path, error)),
+    }
 }
 
 /// Whether there was one.

@@ -13,6 +13,7 @@ const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// `SO_NETNS_COOKIE` (Linux 5.14).
 const SO_NETNS_COOKIE: libc::c_int = 71;
@@ -90,6 +91,18 @@ pub fn link_update(link: BorrowedFd, program: BorrowedFd) -> io::Result<()> {
     };
     // SAFETY: the structure is that of BPF_LINK_UPDATE and holds no addresses.
     unsafe { bpf(BPF_LINK_UPDATE, &mut attributes) }.map(drop)
+}
+
+/// Takes a link off what it is attached to, at once (Linux 5.9). Merely removing its last pin does
+/// so some time later.
+pub fn link_detach(link: BorrowedFd) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        link: u32,
+    }
+    let mut attributes = Attributes { link: link.as_raw_fd().cast_unsigned() };
+    // SAFETY: the structure is that of BPF_LINK_DETACH and holds no addresses.
+    unsafe { bpf(BPF_LINK_DETACH, &mut attributes) }.map(drop)
 }
 
 /// Inode number of the network namespace a link is attached to; `None` once that is gone.
@@ -186,6 +199,12 @@ pub fn mount_bpf_fs(path: &Path) -> io::Result<()> {
         libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, data.as_ptr().cast())
     };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Gives back the lock of [`lock`], also for processes that hold a copy of the descriptor.
+pub fn unlock(file: &File) {
+    // SAFETY: takes a descriptor only. Closing the last descriptor would do the same.
+    unsafe { libc::flock(file.as_fd().as_raw_fd(), libc::LOCK_UN) };
 }
 
 /// Takes the lock of a folder or file for as long as it stays open. `WouldBlock`: someone has it.

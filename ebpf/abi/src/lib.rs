@@ -29,7 +29,7 @@ pub const PLAINTEXT_PORT: u16 = 15006;
 pub const HBONE_PORT: u16 = 15008;
 
 /// Most connections that one pod may have between SYN and accept; further ones are refused.
-pub const MAX_FLOWS_PER_POD: usize = 16384;
+pub const MAX_FLOWS_PER_POD: usize = 8192;
 /// Most connections of the node itself that may be between SYN and their answer.
 pub const MAX_PROBES: usize = 16384;
 
@@ -300,11 +300,6 @@ const _: () = {
 impl Address {
     /// No address.
     pub const UNSPECIFIED: Address = Address { ip: [0; 16] };
-    /// `::1`.
-    pub const LOOPBACK_V6: Address = Address::v6([0, 0, 0, 1u32.to_be()]);
-    /// `127.0.0.1`.
-    pub const LOOPBACK_V4: Address = Address::v4(0x7f00_0001u32.to_be());
-
     /// From the words that a context holds, in network byte order.
     #[inline(always)]
     pub const fn v6(words: [u32; 4]) -> Self {
