@@ -20,7 +20,6 @@ use std::time::Duration;
 
 pub mod client;
 pub mod headers;
-mod io;
 mod keepalive;
 pub mod pool;
 pub mod server;
@@ -29,7 +28,6 @@ mod windows;
 mod wire;
 
 pub use headers::ConnectHeaders;
-pub use io::HboneIo;
 pub use pool::{Pool, PoolKey};
 pub use server::{Request, serve};
 pub use stream::{HboneStream, StreamError};
