@@ -66,8 +66,7 @@ fn application_sees_the_clients_address() {
         (&mesh.neighbour.v4.to_string(), mesh.pod.v4),
     ] {
         let client: IpAddr = client.parse().unwrap();
-        let seen =
-            seen_by_application(&mesh, SocketAddr::new(own, 8080), DialFrom::Client(client));
+        let seen = seen_by_application(&mesh, SocketAddr::new(own, 8080), DialFrom::Client(client));
         assert_eq!(seen.ip().to_canonical(), client);
         assert!(seen.port() < 32768, "{seen}: clients take their ports from there on");
     }
@@ -139,8 +138,7 @@ fn dialling_out_is_not_captured_and_comes_from_the_pod() {
     for (dst, own) in [(mesh.neighbour.v4, mesh.pod.v4), (mesh.neighbour.v6, mesh.pod.v6)] {
         for source in [None, Some(own)] {
             let dst = SocketAddr::new(dst, 7000);
-            let _dialled =
-                run(dial_out(&mesh.pod.netns, &mesh.capture, source, dst)).unwrap();
+            let _dialled = run(dial_out(&mesh.pod.netns, &mesh.capture, source, dst)).unwrap();
             assert_eq!(peer_ip(&accept(&application)), own);
         }
     }

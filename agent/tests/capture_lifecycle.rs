@@ -191,12 +191,7 @@ fn enrolling_and_withdrawing_loses_no_connection() {
 }
 
 /// Answers every connection with `text` and ends it.
-fn serve_until(
-    stop: &AtomicBool,
-    listener: &TcpListener,
-    text: &[u8],
-    check: impl Fn(&TcpStream),
-) {
+fn serve_until(stop: &AtomicBool, listener: &TcpListener, text: &[u8], check: impl Fn(&TcpStream)) {
     listener.set_nonblocking(true).unwrap();
     while !stop.load(Ordering::Acquire) {
         match listener.accept() {
@@ -269,9 +264,8 @@ fn full_tables_refuse_a_pod_and_keep_nothing_of_it() {
     let before = capture.counts();
     let others = second.netns.listen().unwrap();
     let cookie = second.netns.cookie();
-    let error = capture
-        .enrol(second.netns.as_fd(), cookie, &second.spec(), &(&others).into())
-        .unwrap_err();
+    let error =
+        capture.enrol(second.netns.as_fd(), cookie, &second.spec(), &(&others).into()).unwrap_err();
     assert!(matches!(error, CaptureError::Full { max_pods: 1, .. }), "{error}");
     assert_eq!(capture.counts(), before);
     let _client = first.connect(foreign()).unwrap();
@@ -478,10 +472,11 @@ fn programs_behind_links(options: &CaptureOptions) -> BTreeSet<u32> {
 
 /// A pod's rules, routes and the settings that belong to them.
 fn set_up(pod: &Pod) -> Vec<String> {
-    let mut found: Vec<String> = ["rule", "-6 rule", "route show table 100", "-6 route show table 100"]
-        .iter()
-        .map(|what| ip_output(&format!("-n {} {what}", pod.name())))
-        .collect();
+    let mut found: Vec<String> =
+        ["rule", "-6 rule", "route show table 100", "-6 route show table 100"]
+            .iter()
+            .map(|what| ip_output(&format!("-n {} {what}", pod.name())))
+            .collect();
     for setting in ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"] {
         let path = format!("/proc/sys/net/{setting}");
         found.push(pod.inside(|| fs::read_to_string(path).unwrap()));
