@@ -311,6 +311,40 @@ fn pod_whose_namespace_vanished_is_dropped_by_the_next_agent() {
 }
 
 #[test]
+fn pod_whose_namespace_vanished_can_be_withdrawn() {
+    let node = Node::new();
+    let pod = node.pod();
+    let capture = node.capture();
+    let listeners = pod.enrol(&capture);
+    let open = pod.connect(foreign()).unwrap();
+    let cookie = pod.netns.cookie();
+    close(listeners);
+    drop((open, pod));
+    capture.withdraw(cookie).unwrap();
+    capture.withdraw(cookie).unwrap();
+    assert_eq!(capture.counts(), MapCounts::default());
+}
+
+#[test]
+fn changed_cgroup_is_attached_to() {
+    let mut node = Node::new();
+    let root = node.options.cgroup.clone();
+    node.options.cgroup = root.join(node.name());
+    fs::create_dir(&node.options.cgroup).unwrap();
+    let pod = node.pod();
+    let capture = node.capture();
+    let listeners = pod.enrol(&capture);
+    // This process is not in that cgroup.
+    assert!(pod.inside(|| TcpStream::connect_timeout(&foreign(), LIMIT)).is_err());
+    drop(capture);
+    let cgroup = std::mem::replace(&mut node.options.cgroup, root);
+    let capture = node.capture();
+    let _client = pod.connect(foreign()).unwrap();
+    assert_eq!(accept_captured(&capture, &listeners).1, foreign());
+    fs::remove_dir(cgroup).unwrap();
+}
+
+#[test]
 fn second_agent_on_the_same_folder_is_turned_away() {
     let node = Node::new();
     let _capture = node.capture();
