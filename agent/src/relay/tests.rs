@@ -297,6 +297,20 @@ async fn closing_with_unread_data_is_a_reset() {
 }
 
 #[tokio::test]
+async fn an_answer_before_the_reset_arrives() {
+    for path in PATHS {
+        let Joined { mut client, mut server, near: _near, pool: _pool, .. } = join(path).await;
+        client.write_all(&[0; 1000]).await.unwrap();
+        server.read_exact(&mut [0; 1]).await.unwrap();
+        server.write_all(b"413").await.unwrap();
+        drop(server);
+        let (answer, end) = read_all(&mut client).await;
+        assert_eq!(answer, b"413", "{path:?}");
+        assert_eq!(end, Some(ErrorKind::ConnectionReset), "{path:?}");
+    }
+}
+
+#[tokio::test]
 async fn closing_by_policy_resets_both_sides_with_the_reason() {
     for path in PATHS {
         let mut joined = join(path).await;
