@@ -2,11 +2,15 @@
 
 use std::io::{self, Read};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
+
+/// Asks whether reading has stopped at urgent data (tcp(7), asm-generic/sockios.h).
+const SIOCATMARK: libc::c_ulong = 0x8905;
 
 /// Resets the connection when dropped, unless it was declared finished.
 pub(super) struct Tcp {
@@ -16,6 +20,8 @@ pub(super) struct Tcp {
 
 impl Tcp {
     pub(super) fn new(stream: TcpStream) -> Self {
+        // An urgent byte arrives in its place. Otherwise reading would leave it out.
+        let _ = SockRef::from(&stream).set_out_of_band_inline(true);
         Self { stream, finished: AtomicBool::new(false) }
     }
 
@@ -61,12 +67,13 @@ pub(super) async fn broken(stream: &TcpStream) -> io::Error {
 }
 
 /// Reads what is there. A short read ends the readiness without a second system call: with
-/// edge-triggered epoll, what comes later raises it again.
+/// edge-triggered epoll, what comes later raises it again. But one read never goes beyond the begin
+/// of urgent data, which may have come earlier.
 pub(super) fn read(stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
     let mut short = None;
     let read = stream.try_io(Interest::READABLE, || {
         let count = (&*SockRef::from(stream)).read(buffer)?;
-        if count > 0 && count < buffer.len() {
+        if count > 0 && count < buffer.len() && !is_at_mark(stream) {
             short = Some(count);
             return Err(io::ErrorKind::WouldBlock.into());
         }
@@ -76,4 +83,11 @@ pub(super) fn read(stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
         Some(count) => Ok(count),
         None => read,
     }
+}
+
+fn is_at_mark(stream: &TcpStream) -> bool {
+    let mut answer: libc::c_int = 0;
+    // SAFETY: the request writes one int, which lives across the call.
+    let result = unsafe { libc::ioctl(stream.as_raw_fd(), SIOCATMARK, &raw mut answer) };
+    result == 0 && answer != 0
 }
