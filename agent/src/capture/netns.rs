@@ -7,10 +7,11 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use culvert_abi::{HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT};
 use culvert_core::tables::NetnsCookie;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::sys;
 
@@ -87,8 +88,8 @@ impl Netns {
     pub fn listen(&self) -> io::Result<Listeners> {
         self.run(|| {
             Ok(Listeners {
-                outbound: listen(OUTBOUND_PORT)?,
-                plaintext: listen(PLAINTEXT_PORT)?,
+                outbound: listen_for_relays(OUTBOUND_PORT)?,
+                plaintext: listen_for_relays(PLAINTEXT_PORT)?,
                 hbone: listen(HBONE_PORT)?,
             })
         })?
@@ -150,6 +151,13 @@ fn run_in<T>(netns: BorrowedFd, home: BorrowedFd, inside: impl FnOnce() -> T) ->
     let result = inside();
     drop(back);
     Ok(result)
+}
+
+/// What is accepted before its destination is known ends with a reset, also when the agent is killed.
+fn listen_for_relays(port: u16) -> io::Result<TcpListener> {
+    let listener = listen(port)?;
+    SockRef::from(&listener).set_linger(Some(Duration::ZERO))?;
+    Ok(listener)
 }
 
 fn listen(port: u16) -> io::Result<TcpListener> {

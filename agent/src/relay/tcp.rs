@@ -3,7 +3,6 @@
 use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use socket2::SockRef;
 use tokio::io::Interest;
@@ -12,17 +11,19 @@ use tokio::net::TcpStream;
 /// Asks whether reading has stopped at urgent data (tcp(7), asm-generic/sockios.h).
 const SIOCATMARK: libc::c_ulong = 0x8905;
 
-/// Resets the connection when dropped, unless it was declared finished.
+/// A connection that ends with a reset, unless it was declared finished: when dropped, and also
+/// when the agent is killed. The kernel closes its sockets then, and by itself would send FIN.
 pub(super) struct Tcp {
     stream: TcpStream,
-    finished: AtomicBool,
 }
 
 impl Tcp {
     pub(super) fn new(stream: TcpStream) -> Self {
+        // Without it the other side would see FIN; there is nobody to report a failure to.
+        let _ = stream.set_zero_linger();
         // An urgent byte arrives in its place. Otherwise reading would leave it out.
         let _ = SockRef::from(&stream).set_out_of_band_inline(true);
-        Self { stream, finished: AtomicBool::new(false) }
+        Self { stream }
     }
 
     pub(super) fn stream(&self) -> &TcpStream {
@@ -31,16 +32,7 @@ impl Tcp {
 
     /// Both directions have ended cleanly: dropping closes in the ordinary way.
     pub(super) fn finished(&self) {
-        self.finished.store(true, Relaxed);
-    }
-}
-
-impl Drop for Tcp {
-    fn drop(&mut self) {
-        if !self.finished.load(Relaxed) {
-            // Without it the peer sees FIN; there is nobody to report a failure to.
-            let _ = self.stream.set_zero_linger();
-        }
+        let _ = SockRef::from(&self.stream).set_linger(None);
     }
 }
 
