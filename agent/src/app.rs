@@ -1,1 +1,224 @@
-//! (being built)
+//! The only place that constructs and wires the agent's rooms.
+
+mod enrolment;
+mod explain;
+mod state;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use culvert_core::identity::Identity;
+use culvert_core::snapshot::Snapshot;
+use culvert_core::workload::Workload;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use time::OffsetDateTime;
+use tokio::runtime::Handle;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tracing::level_filters::LevelFilter;
+
+use crate::admin::readiness::{PROXY, Readiness, STATE_MANAGER};
+use crate::admin::{AdminAddrs, AdminServers, Sources};
+use crate::ca::{Certificates, EmbeddedCa};
+use crate::capture::{Capture, CaptureOptions, Netns};
+use crate::config::{Config, MeshSettings};
+use crate::connections::Connections;
+use crate::drain::{self, DrainEnd};
+use crate::file::{FileSource, FileUpdate, MeshFile};
+use crate::node::{Mesh, Node, Options};
+use crate::recheck::recheck;
+use crate::telemetry::Telemetry;
+use crate::telemetry::logging::{Directives, LogControl, LogFormat, Logging};
+use crate::{config, hbone};
+
+use enrolment::Enrolment;
+use state::State;
+
+/// How many pods of one node the kernel's tables have room for.
+const MAX_PODS: u32 = 1024;
+/// How often pods are looked after: namespaces that went, and enrolments to be tried again.
+const LOOK_AFTER_PODS: Duration = Duration::from_secs(1);
+
+/// Runs the agent until it is told to stop and its connections are drained.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let log = start_log(&config)?;
+    let started = Instant::now();
+    let readiness = Readiness::default();
+    let (loading, starting) = (readiness.open(STATE_MANAGER), readiness.open(PROXY));
+    let (first, mut source) = FileSource::open(&config.file).await?;
+    let mesh = config.mesh(&first.culvert.stated())?;
+    let snapshot = Arc::new(Mesh::new(Snapshot::default().with(first.changes.iter().cloned())));
+    drop(loading);
+
+    let capture = Arc::new(start_capture(&config, &first)?);
+    let certificates = start_certificates(&config, &mesh, &first, &snapshot)?;
+    let telemetry = Telemetry::new(Some(config.istio_version.to_string()), Some(&Handle::current()));
+    let node = Arc::new(Node {
+        name: config.node.clone(),
+        network: mesh.network.clone(),
+        mesh: snapshot,
+        capture,
+        certificates: Arc::new(certificates),
+        telemetry,
+        connections: Connections::default(),
+        tunnels: tunnel_settings(&config),
+        keepalive: config.keepalive,
+        options: Options {
+            response_baggage: config.response_baggage,
+            log_policy_at_info: config.log_policy_decisions,
+        },
+    });
+    if let Some(logs) = node.capture.logs() {
+        tokio::spawn(logs.forward());
+    }
+    let (trigger, draining) = drain::drain();
+    let mut enrolment = Enrolment::new(node.clone(), readiness.clone(), draining.clone());
+    let (stop, mut stopped) = mpsc::channel(1);
+    let state = Arc::new(State {
+        node: node.clone(),
+        config: Arc::new(config),
+        mesh,
+        pods: enrolment.table(),
+        source: source.status(),
+        started,
+        stop,
+    });
+    state.watch();
+    node.telemetry.watch_log(&log);
+    let sources = Sources {
+        telemetry: node.telemetry.clone(),
+        readiness,
+        log,
+        state: state.clone(),
+    };
+    let servers = AdminServers::bind(&admin_addrs(&state.config)).await?;
+    let serving = tokio::spawn(servers.serve(sources, draining));
+    tokio::spawn(recheck(node.clone()));
+
+    let mut wanted = first.culvert.pods;
+    enrolment.reconcile(&wanted).await;
+    drop(starting);
+    tracing::info!(node = %node.name, version = env!("CARGO_PKG_VERSION"), "culvert is up");
+
+    let (mut terminate, mut interrupt) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut look_after = tokio::time::interval(LOOK_AFTER_PODS);
+    look_after.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            update = source.next() => match update {
+                FileUpdate::Changed(file) => {
+                    tracing::info!(changes = file.changes.len(), "the mesh file changed");
+                    node.mesh.publish(node.mesh.snapshot().with(file.changes));
+                    wanted = file.culvert.pods;
+                    enrolment.reconcile(&wanted).await;
+                }
+                FileUpdate::Rejected(error) => {
+                    tracing::error!(%error, "the mesh file stays as it was");
+                }
+            },
+            _ = look_after.tick() => enrolment.reconcile(&wanted).await,
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = stopped.recv() => break,
+        }
+    }
+    let deadline = state.config.drain_deadline;
+    tracing::info!(?deadline, "draining: no new connections");
+    enrolment.drain();
+    drop(enrolment);
+    if let DrainEnd::Expired = trigger.begin(deadline).await {
+        tracing::info!("the drain's deadline has passed: open connections are reset");
+    }
+    serving.abort();
+    Ok(())
+}
+
+/// The log goes to standard error, from a thread of its own; it ends with the process.
+fn start_log(config: &Config) -> anyhow::Result<LogControl> {
+    let directives: Directives = config.log.directives.parse()?;
+    let format = match config.log.format {
+        config::LogFormat::Plain => LogFormat::Plain,
+        config::LogFormat::Json => LogFormat::Json,
+    };
+    let logging = Logging::new(directives, format, std::io::stderr());
+    tracing::dispatcher::set_global_default(logging.dispatch).context("the log is set already")?;
+    // Kept to the end of the process: the last lines are those of the shutdown.
+    std::mem::forget(logging.flush);
+    Ok(logging.control)
+}
+
+fn start_capture(config: &Config, first: &MeshFile) -> anyhow::Result<Capture> {
+    let node = match &first.culvert.node_netns {
+        Some(path) => Netns::open(path).context("culvert.nodeNetns")?,
+        None => Netns::current()?,
+    };
+    let log_level = match config.log.directives.contains("debug") {
+        true => LevelFilter::DEBUG,
+        false => LevelFilter::OFF,
+    };
+    let options = CaptureOptions {
+        cgroup: config.cgroup.clone(),
+        pin_path: config.pin_path.clone(),
+        node: node.cookie(),
+        max_pods: MAX_PODS,
+        log_level,
+    };
+    Capture::start(&options).context("cannot start capture")
+}
+
+fn start_certificates(
+    config: &Config,
+    mesh: &MeshSettings,
+    first: &MeshFile,
+    snapshot: &Arc<Mesh>,
+) -> anyhow::Result<Certificates> {
+    let directory = match &first.culvert.ca.directory {
+        Some(directory) => directory.clone(),
+        None => config.state_dir.join("ca"),
+    };
+    make_private(&config.state_dir)?;
+    let (snapshot, node) = (snapshot.clone(), config.node.clone());
+    let may_issue = Arc::new(move |identity: &Identity| {
+        let is_ours = |workload: &Arc<Workload>| {
+            workload.node == node && workload.identity() == *identity
+        };
+        snapshot.snapshot().workloads().any(is_ours)
+    });
+    let (ttl, domain) = (first.culvert.ca.ttl, mesh.trust_domain.clone());
+    let authority = EmbeddedCa::open(&directory, ttl, domain, may_issue)?;
+    let random = StdRng::from_rng(&mut rand::rng());
+    Ok(Certificates::start(Arc::new(authority), Arc::new(OffsetDateTime::now_utc), random))
+}
+
+fn make_private(directory: &Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .with_context(|| format!("state directory {}", directory.display()))
+}
+
+fn tunnel_settings(config: &Config) -> hbone::Settings {
+    let max_streams = config.http2.connection_window / config.http2.stream_window;
+    hbone::Settings {
+        stream_window: config.http2.stream_window,
+        max_streams: max_streams.max(1),
+        streams_per_connection: config.pool.streams_per_connection.into(),
+        max_frame: config.http2.frame_size,
+        idle: config.pool.release_unused_after,
+        ..hbone::Settings::default()
+    }
+}
+
+fn admin_addrs(config: &Config) -> AdminAddrs {
+    AdminAddrs {
+        admin: config.servers.admin,
+        stats: config.servers.stats,
+        readiness: config.servers.readiness,
+    }
+}

@@ -1,1 +1,260 @@
-//! (being built)
+//! The live connections: what the dumps show, what a changed policy judges again, and how a
+//! connection is told to close.
+//!
+//! A connection registers before it is authorized: a policy that changes in between then finds it
+//! here, and the closing waits for the connection to look.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use culvert_core::authorization::Connection;
+use culvert_core::identity::Identity;
+use culvert_core::workload::PolicyKey;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use crate::telemetry::{ByteCounters, Denial, DenialReason, Failure, ResponseFlag};
+
+/// All live connections of one agent. Cloning copies a pointer.
+#[derive(Clone, Debug, Default)]
+pub struct Connections(Arc<Registry>);
+
+/// Connections that begin or end at the same time rarely meet on a shard.
+const SHARDS: usize = 32;
+
+#[derive(Debug, Default)]
+struct Registry {
+    next: AtomicU64,
+    shards: [Mutex<HashMap<u64, Arc<Entry>>>; SHARDS],
+}
+
+/// One connection, as it is known when it registers.
+#[derive(Clone, Debug)]
+pub struct LiveConnection {
+    pub direction: Direction,
+    pub protocol: Protocol,
+    pub src: SocketAddr,
+    /// What was asked for: for HBONE inbound the `forwarded` host if there was one; else the
+    /// original destination.
+    pub original_dst: Option<String>,
+    /// Where it ends up: the application (inbound), or what is dialled (outbound).
+    pub actual_dst: SocketAddr,
+    /// The uid of the local workload that it belongs to.
+    pub workload: Arc<str>,
+    /// What it was authorized by, and is again; `None` for outbound.
+    pub connection: Option<Connection>,
+    pub source_identity: Option<Identity>,
+    pub destination_identity: Option<Identity>,
+    /// The hostname of the service that was addressed.
+    pub service: Option<Arc<str>>,
+    pub counters: Arc<ByteCounters>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    Inbound,
+    Outbound,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    Hbone,
+    Tcp,
+    DoubleHbone,
+}
+
+impl Protocol {
+    /// As dumps show it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Protocol::Hbone => "HBONE",
+            Protocol::Tcp => "TCP",
+            Protocol::DoubleHbone => "DOUBLEHBONE",
+        }
+    }
+}
+
+impl Connections {
+    /// Adds a connection until the guard is dropped.
+    pub fn register(&self, live: LiveConnection) -> Guard {
+        let id = self.0.next.fetch_add(1, Ordering::Relaxed);
+        let entry = Arc::new(Entry {
+            id,
+            live,
+            opened: Instant::now(),
+            permit: Mutex::default(),
+            reason: OnceLock::new(),
+            closing: Notify::new(),
+        });
+        self.shard(id).lock().insert(id, entry.clone());
+        Guard { connections: self.clone(), entry }
+    }
+
+    /// The inbound connections of one local workload.
+    pub fn inbound_of(&self, uid: &str) -> Vec<Arc<Entry>> {
+        self.matching(|entry| {
+            entry.live.direction == Direction::Inbound && &*entry.live.workload == uid
+        })
+    }
+
+    /// All inbound connections.
+    pub fn all_inbound(&self) -> Vec<Arc<Entry>> {
+        self.matching(|entry| entry.live.direction == Direction::Inbound)
+    }
+
+    /// All connections of one local workload, both directions.
+    pub fn of(&self, uid: &str) -> Vec<Arc<Entry>> {
+        self.matching(|entry| &*entry.live.workload == uid)
+    }
+
+    /// All connections, the oldest first.
+    pub fn all(&self) -> Vec<Arc<Entry>> {
+        let mut all = self.matching(|_| true);
+        all.sort_unstable_by_key(|entry| entry.id);
+        all
+    }
+
+    /// How many connections there are: inbound and outbound.
+    pub fn count(&self) -> (usize, usize) {
+        let mut counts = (0, 0);
+        for shard in &self.0.shards {
+            for entry in shard.lock().values() {
+                match entry.live.direction {
+                    Direction::Inbound => counts.0 += 1,
+                    Direction::Outbound => counts.1 += 1,
+                }
+            }
+        }
+        counts
+    }
+
+    /// No more than one shard is locked at a time, and none while the caller looks.
+    fn matching(&self, wanted: impl Fn(&Entry) -> bool) -> Vec<Arc<Entry>> {
+        let mut found = Vec::new();
+        for shard in &self.0.shards {
+            found.extend(shard.lock().values().filter(|entry| wanted(entry)).cloned());
+        }
+        found
+    }
+
+    fn shard(&self, id: u64) -> &Mutex<HashMap<u64, Arc<Entry>>> {
+        &self.0.shards[(id % SHARDS as u64) as usize]
+    }
+}
+
+/// A connection that is registered.
+#[derive(Debug)]
+pub struct Entry {
+    id: u64,
+    live: LiveConnection,
+    opened: Instant,
+    permit: Mutex<Option<String>>,
+    reason: OnceLock<CloseReason>,
+    closing: Notify,
+}
+
+impl Entry {
+    pub fn live(&self) -> &LiveConnection {
+        &self.live
+    }
+
+    /// Time since it registered.
+    pub fn age(&self) -> Duration {
+        self.opened.elapsed()
+    }
+
+    /// By what it was allowed; `None` before it was, and for outbound.
+    pub fn permit(&self) -> Option<String> {
+        self.permit.lock().clone()
+    }
+
+    /// Notes by what it is allowed now.
+    pub fn permitted(&self, by: impl Into<String>) {
+        *self.permit.lock() = Some(by.into());
+    }
+
+    /// Tells the connection to close. The first reason stays; gives whether it was this one.
+    pub fn close(&self, reason: CloseReason) -> bool {
+        let first = self.reason.set(reason).is_ok();
+        self.closing.notify_waiters();
+        first
+    }
+}
+
+/// Keeps a connection registered.
+#[derive(Debug)]
+pub struct Guard {
+    connections: Connections,
+    entry: Arc<Entry>,
+}
+
+impl Guard {
+    pub fn entry(&self) -> &Arc<Entry> {
+        &self.entry
+    }
+
+    /// Waits until somebody closes this connection, also if that happened before.
+    pub async fn closed(&self) -> CloseReason {
+        loop {
+            let closing = self.entry.closing.notified();
+            tokio::pin!(closing);
+            // Listen first, look then: a closing in between is not missed.
+            closing.as_mut().enable();
+            if let Some(reason) = self.entry.reason.get() {
+                return reason.clone();
+            }
+            closing.await;
+        }
+    }
+
+    /// The reason if somebody has closed this connection.
+    pub fn close_reason(&self) -> Option<&CloseReason> {
+        self.entry.reason.get()
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.connections.shard(self.entry.id).lock().remove(&self.entry.id);
+    }
+}
+
+/// Why the agent itself ends a live connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CloseReason {
+    /// It is no longer allowed.
+    PolicyChange { policy: Option<PolicyKey>, rule: Option<usize> },
+    /// The agent shuts down.
+    Drain,
+    /// The pod was withdrawn or its namespace is gone.
+    PodGone,
+}
+
+impl fmt::Display for CloseReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            CloseReason::PolicyChange { .. } => "connection closed due to policy change",
+            CloseReason::Drain => "connection closed due to connection drain",
+            CloseReason::PodGone => "connection closed because its pod is gone",
+        })
+    }
+}
+
+impl From<CloseReason> for Failure {
+    fn from(reason: CloseReason) -> Failure {
+        let error = reason.to_string();
+        match reason {
+            CloseReason::PolicyChange { policy, rule } => {
+                Failure::denied(error, Denial { reason: DenialReason::PolicyChange, policy, rule })
+            }
+            CloseReason::Drain | CloseReason::PodGone => Failure::new(ResponseFlag::None, error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

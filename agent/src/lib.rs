@@ -15,7 +15,10 @@ pub mod decide;
 pub mod recheck;
 
 pub mod capture;
+pub mod accept;
+pub mod node;
 pub mod pods;
+pub mod session;
 
 pub mod dial;
 pub mod hbone;

@@ -1,1 +1,21 @@
-fn main() {}
+//! The `culvert` command: one binary for the agent and for looking at it.
+
+use std::process::ExitCode;
+
+use culvert_agent::cli;
+
+fn main() -> ExitCode {
+    let task = match cli::task() {
+        Ok(task) => task,
+        Err(code) => return code,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(task.threads().get())
+        .thread_name("culvert")
+        .enable_all()
+        .build();
+    match runtime {
+        Ok(runtime) => runtime.block_on(task.execute()),
+        Err(error) => cli::fail(&error),
+    }
+}

@@ -1,1 +1,91 @@
-//! (being built)
+//! The corridor of connections that an enrolled pod opens: original destination, route, relay.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use culvert_core::addr::{ClientAddr, OriginalDst};
+use culvert_core::route::{self, Outbound, Route};
+use culvert_core::service::Service;
+use culvert_core::workload::Workload;
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::accept::{accept_until, reset, tune};
+use crate::decide::decide;
+use crate::drain::DrainWatch;
+use crate::node::Node;
+use crate::pods::Pod;
+use crate::telemetry::Reporter;
+
+mod local;
+mod plain;
+mod tunnel;
+
+/// Serves the captured connections of `pod` until it leaves or the agent drains.
+pub async fn serve(node: Arc<Node>, pod: Arc<Pod>, listener: TcpListener, drain: DrainWatch) {
+    let mut draining = drain.clone();
+    let end = async {
+        tokio::select! {
+            _ = draining.begun() => {}
+            () = pod.is_closed() => {}
+        }
+    };
+    accept_until(&listener, end, |client, peer| {
+        let (node, pod, drain) = (node.clone(), pod.clone(), drain.clone());
+        tokio::spawn(async move { carry(&node, &pod, client, peer, drain).await });
+    })
+    .await;
+}
+
+/// A captured connection whose destination and owner are known.
+struct Captured<'a> {
+    node: &'a Arc<Node>,
+    pod: &'a Arc<Pod>,
+    tcp: TcpStream,
+    client: ClientAddr,
+    original: OriginalDst,
+    source: Arc<Workload>,
+    /// The service that was addressed.
+    service: Option<Arc<Service>>,
+    drain: DrainWatch,
+}
+
+async fn carry(node: &Arc<Node>, pod: &Arc<Pod>, tcp: TcpStream, peer: SocketAddr, drain: DrainWatch) {
+    let _open = node.telemetry.socket_opened(Reporter::Source);
+    let failed = |tcp: TcpStream, client, dst, error: &dyn std::fmt::Display| {
+        node.telemetry.failed_early(Reporter::Source, client, dst, error);
+        reset(tcp);
+    };
+    tune(&tcp, node.keepalive);
+    let own = tcp.local_addr().unwrap_or(peer);
+    let original = match node.capture.original_dst(&tcp) {
+        Ok(Some(original)) => original,
+        Ok(None) => return failed(tcp, peer, own, &"no original destination"),
+        Err(error) => return failed(tcp, peer, own, &error),
+    };
+    let client = ClientAddr::new(pod.client_addr(peer, original.ip()));
+    let source = match node.workload_of(pod).await {
+        Ok(source) => source,
+        Err(error) => return failed(tcp, client.addr(), original.addr(), &error),
+    };
+    // One seed for all rounds of the decision, so that it draws the endpoint that it asked about.
+    let seed = rand::rng().random();
+    let request = Outbound { source: &source, client: client.ip(), destination: original };
+    let decided = decide(node, |view| {
+        route::route(view, &request, &mut SmallRng::seed_from_u64(seed))
+    });
+    let routed = match decided.await {
+        Ok(routed) => routed,
+        Err(error) => return failed(tcp, client.addr(), original.addr(), &error),
+    };
+    tracing::debug!(src = %client, dst = %original, because = %routed.because, "routed");
+    let service = routed.service;
+    let captured = Captured { node, pod, tcp, client, original, source, service, drain };
+    match routed.route {
+        Route::Passthrough { to } => plain::carry(captured, to, None).await,
+        Route::Direct { to, workload } => plain::carry(captured, to, Some(workload)).await,
+        Route::Local { to, workload } => local::carry(captured, to, workload).await,
+        Route::Tunnel { tunnel, next_hop } => tunnel::carry(captured, tunnel, next_hop).await,
+    }
+}

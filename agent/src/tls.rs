@@ -1,1 +1,85 @@
-//! (being built)
+//! Mutual TLS between mesh peers: handshakes that end with a verified SPIFFE identity, or not at all.
+//!
+//! TLS 1.3 only, `h2` as the only protocol offered, no server name sent, no session resumption: every
+//! connection proves both identities anew. What a rotation changes is the certificate that the next
+//! handshake is given; connections that exist keep what they started with.
+
+use std::time::Duration;
+
+use culvert_core::identity::Identity;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+pub use certificate::{CertificateSummary, UnusableCertificate, WorkloadCertificate};
+pub use error::{PeerFault, Side, TlsError};
+
+/// How long a handshake may take before the peer counts as absent, unless the caller says otherwise.
+pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+
+/// The accepting side of an established connection.
+pub type ServerStream<S = TcpStream> = tokio_rustls::server::TlsStream<S>;
+
+/// The connecting side of an established connection.
+pub type ClientStream<S = TcpStream> = tokio_rustls::client::TlsStream<S>;
+
+/// Accepts a peer on `stream`, with `certificate` as ours, and tells the peer's identity.
+///
+/// The identity is the first SPIFFE URI of the peer's leaf. The handshake succeeds if the peer's chain
+/// ends at one of `certificate`'s roots and at least one of its SPIFFE URIs is of our trust domain.
+/// The error does not name the peer's address; the caller knows it.
+pub async fn accept<S>(
+    stream: S,
+    certificate: &WorkloadCertificate,
+    limit: Duration,
+) -> Result<(ServerStream<S>, Identity), TlsError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let acceptor = TlsAcceptor::from(certificate.server_config());
+    let stream = within(limit, acceptor.accept(stream)).await?;
+    let identity = verify::principal(stream.get_ref().1.peer_certificates())?;
+    Ok((stream, identity))
+}
+
+/// Connects to a peer over `stream`, with `certificate` as ours.
+///
+/// The handshake succeeds if the peer's chain ends at one of `certificate`'s roots and one of its SPIFFE
+/// URIs equals an entry of `expect`; with an empty `expect` it never does. `stream` may itself be a tunnel.
+///
+/// The peer judges our certificate after this returns (TLS 1.3): its refusal is an error of the first read.
+pub async fn connect<S>(
+    stream: S,
+    certificate: &WorkloadCertificate,
+    expect: &[Identity],
+    limit: Duration,
+) -> Result<ClientStream<S>, TlsError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    if expect.is_empty() {
+        return Err(TlsError::Peer(PeerFault::NothingExpected));
+    }
+    let connector = TlsConnector::from(certificate.client_config(expect));
+    within(limit, connector.connect(config::unsent_server_name(), stream)).await
+}
+
+async fn within<T>(
+    limit: Duration,
+    handshake: impl Future<Output = std::io::Result<T>>,
+) -> Result<T, TlsError> {
+    match tokio::time::timeout(limit, handshake).await {
+        Ok(outcome) => outcome.map_err(TlsError::from_handshake),
+        Err(_) => Err(TlsError::TimedOut { limit }),
+    }
+}
+
+mod certificate;
+mod config;
+mod error;
+mod verify;
+
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;

@@ -164,3 +164,6 @@ impl FromStr for NamespacedHostname {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not namespace/hostname")]
 pub struct InvalidNamespacedHostname(pub String);
+
+#[cfg(test)]
+mod tests;

@@ -103,4 +103,99 @@ impl Authorization {
     pub fn key(&self) -> PolicyKey {
         format!("{}/{}", self.namespace, self.name).into()
     }
+
+    /// The first rule that matches, by its place in `rules`.
+    pub fn matching_rule(&self, connection: &Connection) -> Option<usize> {
+        self.rules.iter().position(|rule| rule.matches(connection))
+    }
 }
+
+impl Rule {
+    fn matches(&self, connection: &Connection) -> bool {
+        self.clauses.iter().all(|clause| clause.matches(connection))
+    }
+}
+
+impl Clause {
+    fn matches(&self, connection: &Connection) -> bool {
+        self.matches.is_empty() || self.matches.iter().any(|m| m.matches(connection))
+    }
+}
+
+impl Match {
+    fn matches(&self, connection: &Connection) -> bool {
+        if self.restricts_nothing() {
+            return false;
+        }
+        let identity = connection.identity.as_ref();
+        // Policies see a plaintext client in the namespace of the empty name, yet without any
+        // principal, not even an empty one.
+        let namespace = identity.map_or("", |identity| &identity.namespace);
+        let principal = identity.map(Identity::principal);
+        let source = connection.source.to_canonical();
+        let destination = connection.destination.to_canonical();
+
+        holds(&self.namespaces, &self.not_namespaces, |m| m.matches(namespace))
+            && holds(&self.principals, &self.not_principals, |m| {
+                principal.as_ref().is_some_and(|principal| m.matches(principal))
+            })
+            && holds(&self.service_accounts, &self.not_service_accounts, |m| {
+                identity.is_some_and(|identity| m.matches(identity))
+            })
+            && holds(&self.source_ips, &self.not_source_ips, |range| range.contains(&source))
+            && holds(&self.destination_ips, &self.not_destination_ips, |range| {
+                range.contains(&destination)
+            })
+            && holds(&self.destination_ports, &self.not_destination_ports, |port| {
+                *port == connection.port
+            })
+    }
+
+    fn restricts_nothing(&self) -> bool {
+        // Destructured, so that a new field cannot be forgotten.
+        let Match {
+            namespaces,
+            not_namespaces,
+            principals,
+            not_principals,
+            service_accounts,
+            not_service_accounts,
+            source_ips,
+            not_source_ips,
+            destination_ips,
+            not_destination_ips,
+            destination_ports,
+            not_destination_ports,
+        } = self;
+        [namespaces, not_namespaces, principals, not_principals].iter().all(|l| l.is_empty())
+            && [service_accounts, not_service_accounts].iter().all(|l| l.is_empty())
+            && [source_ips, not_source_ips].iter().all(|l| l.is_empty())
+            && [destination_ips, not_destination_ips].iter().all(|l| l.is_empty())
+            && [destination_ports, not_destination_ports].iter().all(|l| l.is_empty())
+    }
+}
+
+/// Any of the positive list, if there is one, and none of the negative list.
+fn holds<T>(positive: &[T], negative: &[T], test: impl Fn(&T) -> bool) -> bool {
+    (positive.is_empty() || positive.iter().any(&test)) && !negative.iter().any(&test)
+}
+
+impl StringMatch {
+    fn matches(&self, value: &str) -> bool {
+        match self {
+            StringMatch::Exact(expected) => value == &**expected,
+            StringMatch::Prefix(prefix) => value.starts_with(&**prefix),
+            StringMatch::Suffix(suffix) => value.ends_with(&**suffix),
+            StringMatch::Presence => !value.is_empty(),
+        }
+    }
+}
+
+impl ServiceAccountMatch {
+    fn matches(&self, identity: &Identity) -> bool {
+        self.namespace == identity.namespace && self.service_account == identity.service_account
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -13,3 +13,19 @@ pub mod service;
 
 pub mod authorization;
 pub mod snapshot;
+pub mod view;
+
+pub mod resolve;
+
+pub mod balance;
+
+pub mod route;
+
+pub mod authorize;
+
+pub mod admit;
+
+#[cfg(test)]
+mod fixtures;
+
+pub mod tables;

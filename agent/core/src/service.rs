@@ -1,10 +1,12 @@
 //! Services: names and virtual addresses in front of workloads.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::addr::{NamespacedHostname, NetworkAddress, NetworkCidr};
-use crate::workload::{GatewayAddress, PortMap};
+use crate::identity::Identity;
+use crate::workload::{GatewayAddress, PortMap, Workload};
 
 /// One service, as `istio.workload.Service` describes it. Namespace and hostname are its key.
 ///
@@ -37,6 +39,35 @@ pub struct Service {
 impl Service {
     pub fn key(&self) -> NamespacedHostname {
         NamespacedHostname { namespace: self.namespace.clone(), hostname: self.hostname.clone() }
+    }
+
+    /// Whether clients of this namespace may use it.
+    pub fn is_visible_to(&self, client_namespace: &str) -> bool {
+        match self.visibility {
+            Visibility::Public => true,
+            Visibility::Namespace => *self.namespace == *client_namespace,
+        }
+    }
+
+    /// Those of its alternative names that are identities.
+    pub fn identities(&self) -> impl Iterator<Item = Identity> {
+        self.subject_alt_names.iter().filter_map(|name| name.parse().ok())
+    }
+
+    /// The ports of this workload as an endpoint of the service, healthy or not; `None` when it is
+    /// none of its endpoints.
+    pub fn endpoint_ports<'a>(&'a self, workload: &'a Workload) -> Option<&'a PortMap> {
+        workload.services.get(&self.key()).or_else(|| self.fixed_endpoints.get(&workload.uid))
+    }
+
+    /// Every waypoint that traffic to the service may take.
+    pub fn waypoints(&self) -> impl Iterator<Item = &GatewayAddress> {
+        let weighted = self.weighted_waypoints.iter().filter(|waypoint| waypoint.weight > 0);
+        weighted.map(|waypoint| &waypoint.destination).chain(&self.waypoint)
+    }
+
+    pub fn is_passthrough(&self) -> bool {
+        self.load_balancer.as_ref().is_some_and(|lb| lb.mode == BalanceMode::Passthrough)
     }
 
     pub fn health_policy(&self) -> HealthPolicy {
@@ -93,6 +124,16 @@ pub enum IpFamilies {
     Ipv4Only,
     Ipv6Only,
     Dual,
+}
+
+impl IpFamilies {
+    pub fn accepts(self, ip: IpAddr) -> bool {
+        match self {
+            IpFamilies::Automatic | IpFamilies::Dual => true,
+            IpFamilies::Ipv4Only => ip.is_ipv4(),
+            IpFamilies::Ipv6Only => ip.is_ipv6(),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

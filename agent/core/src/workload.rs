@@ -1,6 +1,7 @@
 //! Workloads: the pods and other endpoints of the mesh.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -124,4 +125,19 @@ pub struct GatewayAddress {
 pub enum GatewayDestination {
     Address(NetworkAddress),
     Hostname(NamespacedHostname),
+}
+
+impl fmt::Display for GatewayDestination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            GatewayDestination::Address(address) => address.fmt(f),
+            GatewayDestination::Hostname(hostname) => hostname.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for GatewayAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.destination, self.hbone_mtls_port)
+    }
 }

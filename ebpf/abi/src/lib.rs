@@ -1,1 +1,388 @@
+//! Types and names that the agent and its kernel programs share.
+//!
+//! Every type here lies in a kernel map or in a socket's storage, and stays there while the agent
+//! is replaced by a newer one. A change of any layout, or of what a field means, therefore raises
+//! [`ABI_VERSION`]: the agent reuses pinned maps only when it equals the version they carry.
+//! No type has implicit padding, because the kernel compares and copies keys byte by byte.
 
+#![no_std]
+
+/// Version of the layouts in this crate; kept in [`ABI_MAP`].
+pub const ABI_VERSION: u32 = 1;
+
+/// Socket mark of the agent's connections towards an application over `lo`: a routing rule of the
+/// pod sends what carries it to the local table, so that replies to a kept client address come back.
+pub const APPLICATION_MARK: u32 = 0x111;
+/// Bits of the mark that the routing rule compares.
+pub const APPLICATION_MARK_MASK: u32 = 0xfff;
+/// Socket mark of the agent's connections out of a pod. It only tells operators whose packets they
+/// see: what exempts them from capture is [`SocketRole::Exempt`], which a pod cannot set.
+pub const OUTBOUND_MARK: u32 = 0x539;
+/// The routing table of a pod that makes every address local to `lo`.
+pub const LOCAL_TABLE: u32 = 100;
+
+/// Port of the agent's listener for captured outbound connections, in each pod.
+pub const OUTBOUND_PORT: u16 = 15001;
+/// Port of the agent's listener for inbound plaintext, in each pod.
+pub const PLAINTEXT_PORT: u16 = 15006;
+/// Port of the agent's HBONE listener, in each pod.
+pub const HBONE_PORT: u16 = 15008;
+
+/// Most connections that one pod may have between SYN and accept; further ones are refused.
+pub const MAX_FLOWS_PER_POD: usize = 8192;
+/// Most connections of the node itself that may be between SYN and their answer.
+pub const MAX_PROBES: usize = 16384;
+
+/// `Array` of one [`Abi`].
+pub const ABI_MAP: &str = "cv_abi";
+/// `HashMap` from network namespace cookie to [`Pod`]: the pods that are enrolled.
+pub const PODS_MAP: &str = "cv_pods";
+/// `HashMap` from [`Address`] to the namespace cookie of the enrolled pod that owns it.
+pub const ADDRESSES_MAP: &str = "cv_addresses";
+/// `HashMap` of [`ExcludedPort`].
+pub const EXCLUDED_PORTS_MAP: &str = "cv_excl_ports";
+/// `LpmTrie` of [`ExcludedNet`].
+pub const EXCLUDED_NETS_MAP: &str = "cv_excl_nets";
+/// `SkStorage` of [`SocketState`].
+pub const SOCKETS_MAP: &str = "cv_sockets";
+/// `HashOfMaps` from namespace cookie to that pod's [`FLOWS_MAP`].
+pub const POD_FLOWS_MAP: &str = "cv_pod_flows";
+/// `HashMap` from [`FlowKey`] to [`Flow`]; one per pod, made when the pod is enrolled.
+pub const FLOWS_MAP: &str = "cv_flows";
+/// `HashMap` of [`Probe`]: connections of the node to enrolled pods that wait for an answer.
+pub const PROBES_MAP: &str = "cv_probes";
+/// `SockHash` from [`ListenerKey`] to the agent's listening sockets.
+pub const LISTENERS_MAP: &str = "cv_listeners";
+/// `PerCpuArray` of one [`Counts`].
+pub const COUNTS_MAP: &str = "cv_counts";
+
+/// The attachments to the cgroup, by program name.
+pub const CGROUP_PROGRAMS: [&str; 7] = [
+    "cv_connect4",
+    "cv_connect6",
+    "cv_getpeername4",
+    "cv_getpeername6",
+    "cv_getsockname4",
+    "cv_getsockname6",
+    "cv_sockops",
+];
+/// The program attached to each pod's network namespace.
+pub const SK_LOOKUP_PROGRAM: &str = "cv_sk_lookup";
+
+/// Global: namespace cookie of the node, `u64`.
+pub const NODE_NETNS: &str = "NODE_NETNS";
+/// Global: namespace cookie of the pod that a [`SK_LOOKUP_PROGRAM`] is for, `u64`.
+pub const POD_NETNS: &str = "POD_NETNS";
+/// Global: whether `bpf_set_retval` exists here (Linux 5.18), `u8`.
+pub const HAVE_SET_RETVAL: &str = "HAVE_SET_RETVAL";
+/// Global: whether `bpf_skc_to_mptcp_sock` exists here (Linux 5.19), `u8`.
+pub const HAVE_MPTCP: &str = "HAVE_MPTCP";
+
+/// What made the pinned maps.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Abi {
+    /// [`ABI_VERSION`] of the agent that made them.
+    pub version: u32,
+    /// How many pods they were made for.
+    pub max_pods: u32,
+}
+
+/// An IP address in network byte order; IPv4 in its IPv4-mapped form (RFC 4291 section 2.5.5.2).
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Address {
+    pub ip: [u8; 16],
+}
+
+/// An enrolled pod. An address that is unspecified (`::`) means: the pod has none of that family.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Pod {
+    pub ipv4: Address,
+    pub ipv6: Address,
+    /// A set of `Pod::HAS_…`, to spare look-ups that cannot find anything.
+    pub flags: u32,
+}
+
+impl Pod {
+    pub const HAS_EXCLUDED_OUTBOUND_PORTS: u32 = 1;
+    pub const HAS_EXCLUDED_INBOUND_PORTS: u32 = 2;
+    pub const HAS_EXCLUDED_NETS: u32 = 4;
+    /// The pod is being withdrawn: its new connections go their plain way, and those already on
+    /// their way to the agent still arrive.
+    pub const LEAVING: u32 = 8;
+}
+
+/// A port whose connections one pod keeps to itself.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ExcludedPort {
+    pub netns: u64,
+    pub port: u16,
+    /// [`ExcludedPort::OUTBOUND`] or [`ExcludedPort::INBOUND`].
+    pub direction: u16,
+    pub reserved: u32,
+}
+
+impl ExcludedPort {
+    pub const OUTBOUND: u16 = 0;
+    pub const INBOUND: u16 = 1;
+
+    pub const fn new(netns: u64, port: u16, direction: u16) -> Self {
+        Self { netns, port, direction, reserved: 0 }
+    }
+}
+
+/// The data of an LPM key: a range of destinations that one pod keeps to itself. The prefix counts
+/// the bits before the address too, and an IPv4 range is that of the mapped addresses.
+#[repr(C, packed)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExcludedNet {
+    pub netns: u64,
+    /// [`ExcludedNet::IPV4`] or [`ExcludedNet::IPV6`], lest `::/0` should cover IPv4 too.
+    pub family: u32,
+    pub ip: [u8; 16],
+}
+
+impl ExcludedNet {
+    pub const IPV4: u32 = 4;
+    pub const IPV6: u32 = 6;
+    /// Length of the part before the address, in bits.
+    pub const HEAD_BITS: u32 = 96;
+    /// Length of the whole data, in bits.
+    pub const BITS: u32 = 224;
+
+    #[inline(always)]
+    pub const fn new(netns: u64, address: Address) -> Self {
+        let family = if address.is_v4() { Self::IPV4 } else { Self::IPV6 };
+        Self { netns, family, ip: address.ip }
+    }
+}
+
+/// What the programs know of one socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketState {
+    /// One of [`SocketRole`], as a number.
+    pub role: u32,
+    /// Port of the original destination, in host byte order.
+    pub port: u32,
+    /// The original destination.
+    pub original: Address,
+    /// The pod's own address of that family, which `getsockname` tells instead of loopback.
+    pub own: Address,
+}
+
+/// Why a socket carries a [`SocketState`].
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SocketRole {
+    /// It was captured or exempt once, and is not any more.
+    Plain = 0,
+    /// An application's socket, connected to the agent instead of `original`.
+    Captured = 1,
+    /// The agent's end of a captured connection.
+    Accepted = 2,
+    /// A socket of the agent that is never captured. Set through the map by descriptor only.
+    Exempt = 3,
+}
+
+/// The application's end of a connection that is on its way to the agent.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlowKey {
+    pub source: Address,
+    /// In host byte order.
+    pub port: u32,
+}
+
+/// The original destination of such a connection.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// Cookie of the application's socket (`bpf_get_socket_cookie`).
+    pub socket: u64,
+    pub original: Address,
+    /// In host byte order.
+    pub port: u32,
+    pub reserved: u32,
+}
+
+/// A connection that the node itself opens to an enrolled pod.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Probe {
+    pub source: Address,
+    pub destination: Address,
+    /// In host byte order, as is the next.
+    pub source_port: u32,
+    pub destination_port: u32,
+}
+
+/// Which of a pod's listeners.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Listener {
+    Outbound = 0,
+    Plaintext = 1,
+    Hbone = 2,
+}
+
+impl Listener {
+    pub const ALL: [Listener; 3] = [Listener::Outbound, Listener::Plaintext, Listener::Hbone];
+}
+
+/// Names one listener of one pod.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListenerKey {
+    pub netns: u64,
+    /// One of [`Listener`], as a number.
+    pub listener: u32,
+    pub reserved: u32,
+}
+
+impl ListenerKey {
+    pub const fn new(netns: u64, listener: Listener) -> Self {
+        Self { netns, listener: listener as u32, reserved: 0 }
+    }
+}
+
+/// What the programs did, since their maps were made; one per CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Outbound connections taken to the agent.
+    pub captured: u64,
+    /// Outbound connections left alone: to loopback or to the pod itself.
+    pub passed_own: u64,
+    /// Outbound connections left alone: excluded port or range.
+    pub passed_excluded: u64,
+    /// Outbound connections of the agent itself.
+    pub passed_agent: u64,
+    /// Outbound connections refused: the pod has no address of the destination's family.
+    pub refused_family: u64,
+    /// Captured connections that the agent will refuse: the pod's flow table is full.
+    pub refused_full: u64,
+    /// Captured connections refused for want of the agent's outbound listener.
+    pub refused_outbound: u64,
+    /// Connections that reached the agent's outbound listener without a flow.
+    pub missing: u64,
+    /// Inbound connections handed to the agent's plaintext listener.
+    pub inbound_plaintext: u64,
+    /// Inbound connections handed to the agent's HBONE listener.
+    pub inbound_hbone: u64,
+    /// Inbound connections left alone: excluded port.
+    pub inbound_excluded: u64,
+    /// Inbound connections left alone: opened by the node itself.
+    pub inbound_node: u64,
+    /// Inbound connections refused for want of a listener, or because they named a port of the agent.
+    pub inbound_refused: u64,
+    /// Connections of the node that go by the agent because the table of probes is full.
+    pub probes_full: u64,
+}
+
+const _: () = {
+    assert!(size_of::<Abi>() == 8);
+    assert!(size_of::<Address>() == 16);
+    assert!(size_of::<Pod>() == 36);
+    assert!(size_of::<ExcludedPort>() == 16);
+    assert!(size_of::<ExcludedNet>() == 28);
+    assert!(size_of::<SocketState>() == 40);
+    assert!(size_of::<FlowKey>() == 20);
+    assert!(size_of::<Flow>() == 32);
+    assert!(size_of::<Probe>() == 40);
+    assert!(size_of::<ListenerKey>() == 16);
+    assert!(size_of::<Counts>() == 14 * 8);
+};
+
+impl Address {
+    /// No address.
+    pub const UNSPECIFIED: Address = Address { ip: [0; 16] };
+    /// From the words that a context holds, in network byte order.
+    #[inline(always)]
+    pub const fn v6(words: [u32; 4]) -> Self {
+        // SAFETY: both are sixteen bytes without padding or invalid values.
+        Self { ip: unsafe { core::mem::transmute::<[u32; 4], [u8; 16]>(words) } }
+    }
+
+    /// From the word that a context holds, in network byte order.
+    #[inline(always)]
+    pub const fn v4(word: u32) -> Self {
+        Self::v6([0, 0, 0xffffu32.to_be(), word])
+    }
+
+    /// The four words in network byte order; the last one is the IPv4 address of a mapped one.
+    #[inline(always)]
+    pub const fn words(self) -> [u32; 4] {
+        // SAFETY: both are sixteen bytes without padding or invalid values.
+        unsafe { core::mem::transmute::<[u8; 16], [u32; 4]>(self.ip) }
+    }
+
+    #[inline(always)]
+    pub const fn is_v4(self) -> bool {
+        let words = self.words();
+        words[0] == 0 && words[1] == 0 && words[2] == 0xffffu32.to_be()
+    }
+
+    #[inline(always)]
+    pub const fn is_unspecified(self) -> bool {
+        let [a, b, c, d] = self.words();
+        a == 0 && b == 0 && d == 0 && (c == 0 || c == 0xffffu32.to_be())
+    }
+
+    #[inline(always)]
+    pub const fn is_loopback(self) -> bool {
+        let [a, b, c, d] = self.words();
+        let v4 = c == 0xffffu32.to_be() && u32::from_be(d) >> 24 == 127;
+        let v6 = c == 0 && d == 1u32.to_be();
+        a == 0 && b == 0 && (v4 || v6)
+    }
+}
+
+#[cfg(feature = "user")]
+mod user {
+    use core::net::{IpAddr, Ipv6Addr};
+
+    use super::*;
+
+    macro_rules! pod {
+        ($($name:ty),+) => {
+            $(
+                // SAFETY: `repr(C)`, integers only, without padding (the size assertions above).
+                unsafe impl aya::Pod for $name {}
+            )+
+        };
+    }
+    pod!(
+        Abi,
+        Address,
+        Pod,
+        ExcludedPort,
+        ExcludedNet,
+        SocketState,
+        FlowKey,
+        Flow,
+        Probe,
+        ListenerKey,
+        Counts
+    );
+
+    impl From<IpAddr> for Address {
+        fn from(ip: IpAddr) -> Self {
+            let ip = match ip {
+                IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+                IpAddr::V6(ip) => ip,
+            };
+            Self { ip: ip.octets() }
+        }
+    }
+
+    impl From<Address> for IpAddr {
+        /// An IPv4-mapped address becomes IPv4.
+        fn from(address: Address) -> Self {
+            IpAddr::V6(Ipv6Addr::from(address.ip)).to_canonical()
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! What one decision may look at, and how it says what it still lacks.
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::snapshot::Snapshot;
+
+/// Everything a decision knows of the world. Borrowed for one decision, never kept.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    pub snapshot: &'a Snapshot,
+    /// The agent's own network.
+    pub network: &'a str,
+    /// The agent's own Kubernetes node.
+    pub node: &'a str,
+    pub enrolled: &'a Enrolled,
+    pub answers: &'a Answers,
+}
+
+/// The uids of the workloads that are enrolled at this agent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Enrolled(HashSet<Arc<str>>);
+
+impl Enrolled {
+    pub fn contains(&self, uid: &str) -> bool {
+        self.0.contains(uid)
+    }
+
+    /// Whether it was not there before.
+    pub fn insert(&mut self, uid: Arc<str>) -> bool {
+        self.0.insert(uid)
+    }
+
+    /// Whether it was there.
+    pub fn remove(&mut self, uid: &str) -> bool {
+        self.0.remove(uid)
+    }
+}
+
+impl FromIterator<Arc<str>> for Enrolled {
+    fn from_iter<I: IntoIterator<Item = Arc<str>>>(uids: I) -> Self {
+        Self(uids.into_iter().collect())
+    }
+}
+
+/// What was found out for one decision since it first asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Answers {
+    dns: HashMap<Arc<str>, Vec<IpAddr>>,
+}
+
+impl Answers {
+    /// Notes the addresses of a DNS name; none, when it has none or nobody could tell.
+    pub fn note_dns(&mut self, name: Arc<str>, addresses: Vec<IpAddr>) {
+        let addresses = addresses.into_iter().map(|ip| ip.to_canonical()).collect();
+        self.dns.insert(name, addresses);
+    }
+
+    /// `None`: not asked yet.
+    pub fn dns(&self, name: &str) -> Option<&[IpAddr]> {
+        self.dns.get(name).map(Vec::as_slice)
+    }
+}
+
+/// What a decision lacks. Once it is in the [`Answers`], also as absent, it is not asked for again.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Need {
+    /// The addresses of a DNS name, as the agent's own resolver sees them.
+    Dns(Arc<str>),
+}
+
+/// A decision, or what it lacks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step<T> {
+    Done(T),
+    Need(Need),
+}
+
+/// Why a decision cannot go on; lets its inner steps use `?`.
+#[derive(Debug)]
+pub(crate) enum Stop<E> {
+    Need(Need),
+    Failed(E),
+}
+
+impl<E> From<E> for Stop<E> {
+    fn from(error: E) -> Self {
+        Stop::Failed(error)
+    }
+}
+
+impl<T, E> From<Result<T, Stop<E>>> for Step<Result<T, E>> {
+    fn from(result: Result<T, Stop<E>>) -> Self {
+        match result {
+            Ok(done) => Step::Done(Ok(done)),
+            Err(Stop::Failed(error)) => Step::Done(Err(error)),
+            Err(Stop::Need(need)) => Step::Need(need),
+        }
+    }
+}
+
+impl<E> Stop<E> {
+    pub fn map<F>(self, wrap: impl FnOnce(E) -> F) -> Stop<F> {
+        match self {
+            Stop::Need(need) => Stop::Need(need),
+            Stop::Failed(error) => Stop::Failed(wrap(error)),
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! Accepting connections on a pod's listeners, until the pod leaves or the agent drains.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::config::Keepalive;
+
+/// How long to wait after an error that only time can mend, such as too many open files.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Hands each connection of `listener` to `each`, until `end` is ready; then what is queued, so
+/// that no connection that the kernel has completed is lost.
+pub async fn accept_until(
+    listener: &TcpListener,
+    end: impl Future<Output = ()>,
+    mut each: impl FnMut(TcpStream, SocketAddr),
+) {
+    let mut end = std::pin::pin!(end);
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = &mut end => break,
+        };
+        if let Some(pause) = take(accepted, &mut each) {
+            tokio::time::sleep(pause).await;
+        }
+    }
+    while let Some(accepted) = listener.accept().now_or_never() {
+        if take(accepted, &mut each).is_some() {
+            break;
+        }
+    }
+}
+
+/// Gives the time to wait when accepting failed for want of something.
+fn take(
+    accepted: io::Result<(TcpStream, SocketAddr)>,
+    each: &mut impl FnMut(TcpStream, SocketAddr),
+) -> Option<Duration> {
+    match accepted {
+        Ok((stream, peer)) => {
+            each(stream, SocketAddr::new(peer.ip().to_canonical(), peer.port()));
+            None
+        }
+        Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => None,
+        Err(error) => {
+            tracing::warn!(%error, "cannot accept a connection");
+            Some(PAUSE)
+        }
+    }
+}
+
+/// No delay for small segments, and kernel keepalive where wanted (tcp(7)).
+pub fn tune(stream: &TcpStream, keepalive: Option<Keepalive>) {
+    let socket = SockRef::from(stream);
+    // Both are refinements: a socket that refuses them still carries bytes.
+    let _ = socket.set_tcp_nodelay(true);
+    if let Some(keepalive) = keepalive {
+        let keepalive = TcpKeepalive::new()
+            .with_time(keepalive.time)
+            .with_interval(keepalive.interval)
+            .with_retries(keepalive.retries);
+        let _ = socket.set_tcp_keepalive(&keepalive);
+    }
+}
+
+/// Ends a connection so that its other side reads a reset, never an end of file.
+pub fn reset(stream: TcpStream) {
+    let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+}

@@ -1,0 +1,227 @@
+//! What would happen to a connection, told by the functions that decide on real ones.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use culvert_core::addr::{AppAddr, Authority, NamespacedHostname, OriginalDst};
+use culvert_core::admit::{self, Inbound};
+use culvert_core::authorization::Connection;
+use culvert_core::authorize::authorize;
+use culvert_core::route::{self, Outbound, Route, Routed, Tunnel};
+use culvert_core::snapshot::Snapshot;
+use culvert_core::workload::Workload;
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+
+use crate::admin::{ExplainError, ExplainStep, Explanation, Outcome};
+use crate::decide::decide;
+use crate::node::Node;
+
+/// Explains a connection from `src` (address, uid or `namespace/name`) to `dst` (`IP:port` or
+/// `host:port`), if the source were enrolled. Where endpoints are drawn, one of them is shown.
+pub(super) async fn explain(
+    node: &Node,
+    src: &str,
+    dst: &str,
+) -> Result<Explanation, ExplainError> {
+    let snapshot = node.mesh.snapshot();
+    let source = find_source(node, &snapshot, src)?;
+    let mut story = Story::new(src, dst);
+    let target = find_destination(node, &snapshot, &source, dst, &mut story)?;
+    let client = client_address(&source, src, target.ip());
+    story.step("source", source.uid.to_string(), format!("identity {}", source.identity()));
+    let request = Outbound { source: &source, client, destination: target };
+    let routed = decide(node, |view| {
+        route::route(view, &request, &mut SmallRng::seed_from_u64(0))
+    });
+    match routed.await {
+        Ok(routed) => story.follow(node, &source, client, routed).await,
+        Err(no_route) => story.refused("route", &no_route.to_string(), "no route"),
+    }
+    Ok(story.0)
+}
+
+fn find_source(node: &Node, snapshot: &Snapshot, src: &str) -> Result<Arc<Workload>, ExplainError> {
+    let unknown = || ExplainError::UnknownSource(src.to_owned());
+    if let Ok(ip) = src.parse::<IpAddr>() {
+        return snapshot.workload_at(&node.network, ip).cloned().ok_or_else(unknown);
+    }
+    if let Some(workload) = snapshot.workload(src) {
+        return Ok(workload.clone());
+    }
+    match src.split_once('/') {
+        Some((namespace, name)) => {
+            snapshot.workloads_of_pod(namespace, name).first().cloned().ok_or_else(unknown)
+        }
+        None => Err(ExplainError::Source(src.to_owned())),
+    }
+}
+
+/// The address that an application would connect to.
+fn find_destination(
+    node: &Node,
+    snapshot: &Snapshot,
+    source: &Workload,
+    dst: &str,
+    story: &mut Story,
+) -> Result<OriginalDst, ExplainError> {
+    let invalid = || ExplainError::Destination(dst.to_owned());
+    let (host, port) = match dst.parse::<Authority>().map_err(|_| invalid())? {
+        Authority::Addr(addr) => return Ok(OriginalDst::new(addr)),
+        Authority::Host { host, port } => (host, port),
+    };
+    let service = snapshot.service_named(&host, Some(&source.namespace));
+    let vips = service.iter().flat_map(|service| &service.vips);
+    let own = vips.filter(|vip| vip.network == node.network).map(|vip| vip.ip);
+    if let Some(ip) = own.min_by_key(IpAddr::is_ipv6) {
+        story.step("resolve", ip.to_string(), format!("address of service {host}"));
+        return Ok(OriginalDst::new(SocketAddr::new(ip, port)));
+    }
+    let name = NamespacedHostname { namespace: source.namespace.clone(), hostname: host };
+    let workload = snapshot.workload_named(&name);
+    let ip = workload.and_then(|workload| workload.addresses.first().copied());
+    let ip = ip.ok_or_else(invalid)?;
+    story.step("resolve", ip.to_string(), format!("address of workload {}", name.hostname));
+    Ok(OriginalDst::new(SocketAddr::new(ip, port)))
+}
+
+fn client_address(source: &Workload, src: &str, towards: IpAddr) -> IpAddr {
+    let same_family = |ip: &&IpAddr| ip.is_ipv4() == towards.is_ipv4();
+    src.parse()
+        .ok()
+        .or_else(|| source.addresses.iter().find(same_family).copied())
+        .or_else(|| source.addresses.first().copied())
+        .unwrap_or(towards)
+}
+
+struct Story(Explanation);
+
+impl Story {
+    fn new(src: &str, dst: &str) -> Self {
+        Self(Explanation {
+            source: src.to_owned(),
+            destination: dst.to_owned(),
+            steps: Vec::new(),
+            outcome: Outcome::Unknown,
+            policy: None,
+            rule: None,
+            path: None,
+            via: None,
+            authority: None,
+        })
+    }
+
+    fn step(&mut self, decision: &str, result: String, because: String) {
+        self.0.steps.push(ExplainStep { decision: decision.to_owned(), result, because });
+    }
+
+    fn refused(&mut self, decision: &str, result: &str, because: &str) {
+        self.step(decision, result.to_owned(), because.to_owned());
+        self.0.outcome = Outcome::Refused;
+    }
+
+    async fn follow(&mut self, node: &Node, source: &Workload, client: IpAddr, routed: Routed) {
+        let because = match &routed.service {
+            Some(service) => format!("{} {}", routed.because, service.hostname),
+            None => routed.because.to_string(),
+        };
+        match routed.route {
+            Route::Passthrough { to } => self.plain("passthrough", to, because),
+            Route::Direct { to, workload } => {
+                self.plain("direct", to, because);
+                if workload.node == node.name && node.mesh.enrolled().contains(&workload.uid) {
+                    self.judge_plaintext(node, &workload, client, to);
+                }
+            }
+            Route::Local { to, workload } => {
+                self.0.path = Some("local".to_owned());
+                self.step("route", format!("local to {to} ({})", workload.uid), because);
+                self.judge(node, source, client, to.addr(), &Authority::Addr(to.addr()), &workload)
+                    .await;
+            }
+            Route::Tunnel { tunnel, next_hop } => {
+                self.tunnel(&tunnel, &next_hop, because);
+                let Authority::Addr(target) = &tunnel.authority else { return };
+                if next_hop.addresses.contains(&target.ip()) && tunnel.inner.is_none() {
+                    self.judge(node, source, client, *target, &tunnel.authority, &next_hop).await;
+                } else {
+                    let why = "the waypoint applies its own policies and goes on by itself";
+                    self.step("waypoint", format!("decides on {}", tunnel.authority), why.to_owned());
+                }
+            }
+        }
+    }
+
+    fn plain(&mut self, path: &str, to: AppAddr, because: String) {
+        self.0.path = Some(path.to_owned());
+        self.0.via = Some(to.to_string());
+        self.0.outcome = Outcome::Allowed;
+        self.step("route", format!("plain TCP to {to}"), because);
+    }
+
+    fn tunnel(&mut self, tunnel: &Tunnel, next_hop: &Workload, because: String) {
+        self.0.path = Some("tunnel".to_owned());
+        self.0.via = Some(tunnel.via.to_string());
+        self.0.authority = Some(tunnel.authority.to_string());
+        self.step("route", format!("HBONE to {} ({})", tunnel.via, next_hop.uid), because);
+        let expect: Vec<_> = tunnel.expect.iter().map(ToString::to_string).collect();
+        self.step("identity", expect.join(" or "), "what the next hop must prove".to_owned());
+    }
+
+    /// The destination's side of a connection with an identity.
+    async fn judge(
+        &mut self,
+        node: &Node,
+        source: &Workload,
+        client: IpAddr,
+        target: SocketAddr,
+        authority: &Authority,
+        local: &Workload,
+    ) {
+        let identity = source.identity();
+        let inbound = Inbound {
+            local,
+            addressed: target.ip(),
+            peer: SocketAddr::new(client, 0),
+            identity: &identity,
+            authority,
+            forwarded_host: None,
+        };
+        match decide(node, |view| admit::admit(view, &inbound)).await {
+            Err(refusal) => self.refused("admit", &refusal.to_string(), "destination agent"),
+            Ok(admission) => {
+                self.step("admit", format!("deliver to {}", admission.to), "destination agent".into());
+                self.authorize(node, local, &admission.connection);
+            }
+        }
+    }
+
+    fn judge_plaintext(&mut self, node: &Node, local: &Workload, client: IpAddr, to: AppAddr) {
+        let connection =
+            Connection { source: client, identity: None, destination: to.ip(), port: to.port() };
+        self.authorize(node, local, &connection);
+    }
+
+    fn authorize(&mut self, node: &Node, local: &Workload, connection: &Connection) {
+        let judgement = authorize(&node.mesh.snapshot(), local, connection);
+        for dry_run in &judgement.dry_run {
+            self.step("dry run", dry_run.to_string(), "not enforced".to_owned());
+        }
+        for policy in &judgement.missing {
+            self.step("policy", format!("{policy} is not known"), "skipped".to_owned());
+        }
+        let (policy, rule) = match &judgement.verdict {
+            Ok(permit) => {
+                self.0.outcome = Outcome::Allowed;
+                self.step("authorize", "allowed".to_owned(), permit.to_string());
+                (permit.policy(), permit.rule())
+            }
+            Err(denied) => {
+                self.refused("authorize", "refused", &denied.to_string());
+                (denied.policy(), denied.rule())
+            }
+        };
+        self.0.policy = policy.map(ToString::to_string);
+        self.0.rule = rule;
+    }
+}

@@ -1,0 +1,182 @@
+//! Network namespaces: entering them, listening in them, and their route back for kept addresses.
+
+mod routes;
+
+use std::fs::File;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use culvert_abi::{HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT};
+use culvert_core::tables::NetnsCookie;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::sys;
+
+/// A network namespace, kept alive by this.
+#[derive(Debug)]
+pub struct Netns {
+    file: File,
+    cookie: NetnsCookie,
+}
+
+/// What went wrong with a network namespace.
+#[derive(Debug, thiserror::Error)]
+pub enum NetnsError {
+    #[error("network namespace {path:?}: {error}")]
+    Open { path: PathBuf, error: io::Error },
+    #[error("cookie of network namespace {path:?} (needs Linux 5.14): {error}")]
+    Cookie { path: PathBuf, error: io::Error },
+}
+
+impl Netns {
+    /// From a path such as `/run/netns/name` or `/proc/1234/ns/net`.
+    pub fn open(path: impl AsRef<Path>) -> Result<Netns, NetnsError> {
+        let path = path.as_ref();
+        let failed = |error| NetnsError::Open { path: path.to_owned(), error };
+        let file = File::open(path).map_err(failed)?;
+        let cookie = run_in(file.as_fd(), || {
+            let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
+            sys::netns_cookie(socket.as_fd())
+        });
+        match cookie {
+            Ok(Ok(cookie)) => Ok(Netns { file, cookie: NetnsCookie(cookie) }),
+            Ok(Err(error)) => Err(NetnsError::Cookie { path: path.to_owned(), error }),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    /// That of a process.
+    pub fn of_process(pid: u32) -> Result<Netns, NetnsError> {
+        Netns::open(format!("/proc/{pid}/ns/net"))
+    }
+
+    /// That of the calling thread.
+    pub fn current() -> Result<Netns, NetnsError> {
+        Netns::open("/proc/thread-self/ns/net")
+    }
+
+    /// Device and inode of the namespace, which tell it apart from others.
+    pub fn metadata(&self) -> io::Result<std::fs::Metadata> {
+        self.file.metadata()
+    }
+
+    /// What the kernel programs know it by.
+    pub fn cookie(&self) -> NetnsCookie {
+        self.cookie
+    }
+
+    /// Runs `inside` on this thread within the namespace. The thread is back in its own one when
+    /// this returns or panics. What `inside` opens stays in the namespace.
+    pub fn run<T>(&self, inside: impl FnOnce() -> T) -> io::Result<T> {
+        run_in(self.file.as_fd(), inside)
+    }
+
+    /// Opens the agent's three listeners of a pod. They bind every address of both families, or of
+    /// IPv4 where the machine has no IPv6; `sk_lookup` alone decides what reaches them.
+    pub fn listen(&self) -> io::Result<Listeners> {
+        self.run(|| {
+            Ok(Listeners {
+                outbound: listen(OUTBOUND_PORT)?,
+                plaintext: listen(PLAINTEXT_PORT)?,
+                hbone: listen(HBONE_PORT)?,
+            })
+        })?
+    }
+
+    /// Lets replies to a client's address that the agent kept towards an application come back to
+    /// the agent: what carries the mark is local, and accepted sockets take on the mark.
+    pub fn add_return_route(&self) -> io::Result<()> {
+        routes::add(self)
+    }
+
+    /// Undoes [`Netns::add_return_route`]. Open connections that kept a client's address break.
+    pub fn remove_return_route(&self) -> io::Result<()> {
+        routes::remove(self)
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// The agent's listeners of one pod; non-blocking.
+#[derive(Debug)]
+pub struct Listeners {
+    pub outbound: TcpListener,
+    pub plaintext: TcpListener,
+    pub hbone: TcpListener,
+}
+
+impl Listeners {
+    /// Other descriptors of the same sockets.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            outbound: self.outbound.try_clone()?,
+            plaintext: self.plaintext.try_clone()?,
+            hbone: self.hbone.try_clone()?,
+        })
+    }
+}
+
+/// Puts the thread back where it was, whatever happens.
+struct Home(File);
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        if let Err(error) = sys::enter_netns(self.0.as_fd()) {
+            // Everything this thread opened from now on would be in the wrong pod.
+            tracing::error!(%error, "cannot return from a network namespace");
+            std::process::abort();
+        }
+    }
+}
+
+fn run_in<T>(netns: BorrowedFd, inside: impl FnOnce() -> T) -> io::Result<T> {
+    let home = Home(File::open("/proc/thread-self/ns/net")?);
+    sys::enter_netns(netns)?;
+    let result = inside();
+    drop(home);
+    Ok(result)
+}
+
+/// Accepted sockets inherit what is set here. No mark, therefore: their replies would go to `lo`.
+fn listen(port: u16) -> io::Result<TcpListener> {
+    let v6 = || -> io::Result<Socket> {
+        let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_only_v6(false)?;
+        prepare(&socket)?;
+        socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
+        Ok(socket)
+    };
+    let v4 = || -> io::Result<Socket> {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+        prepare(&socket)?;
+        socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)).into())?;
+        Ok(socket)
+    };
+    let socket = match v6() {
+        Ok(socket) => socket,
+        Err(error) if lacks_ipv6(&error) => v4()?,
+        Err(error) => return Err(error),
+    };
+    // The namespace's net.core.somaxconn bounds it.
+    socket.listen(libc::c_int::MAX)?;
+    Ok(socket.into())
+}
+
+fn prepare(socket: &Socket) -> io::Result<()> {
+    socket.set_nonblocking(true)?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    socket.set_tcp_nodelay(true)
+}
+
+/// Whether a failure says that IPv6 is absent or switched off.
+fn lacks_ipv6(error: &io::Error) -> bool {
+    let codes = [libc::EAFNOSUPPORT, libc::EADDRNOTAVAIL, libc::EOPNOTSUPP, libc::EACCES];
+    error.raw_os_error().is_some_and(|code| codes.contains(&code))
+}

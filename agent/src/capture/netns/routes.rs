@@ -1,0 +1,136 @@
+//! The route by which replies to kept client addresses come back to the agent.
+//!
+//! One rule per family sends what carries the mark to a table in which every address is local.
+//! `tcp_fwmark_accept` lets the sockets that an application accepts take the mark of the agent's
+//! connection, so that their replies carry it. No connection tracking takes part.
+
+use std::future::Future;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::thread;
+
+use culvert_abi::{APPLICATION_MARK, APPLICATION_MARK_MASK, LOCAL_TABLE};
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use rtnetlink::{Handle, RouteMessageBuilder};
+
+use super::{Netns, lacks_ipv6};
+
+/// Before the main table's rule, 32766.
+const RULE_PRIORITY: u32 = 32764;
+/// Follows the namespace of the thread that opens it.
+const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+/// The interface index of `lo`, in every network namespace.
+const LOOPBACK: u32 = 1;
+
+pub fn add(netns: &Netns) -> io::Result<()> {
+    in_namespace(netns, async |handle| {
+        std::fs::write(FWMARK_ACCEPT, "1")?;
+        present(add_family(&handle, AddressFamily::Inet).await)?;
+        match present(add_family(&handle, AddressFamily::Inet6).await) {
+            Err(error) if lacks_ipv6(&error) => Ok(()),
+            result => result,
+        }
+    })
+}
+
+pub fn remove(netns: &Netns) -> io::Result<()> {
+    in_namespace(netns, async |handle| {
+        let mut found = false;
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            // In the reverse order of adding, so that the rule never points to an empty table.
+            match handle.rule().del(rule(family)).execute().await.map_err(into_io) {
+                Ok(()) => found = true,
+                Err(error) if is_absent(&error) => {}
+                Err(error) => return Err(error),
+            }
+            match handle.route().del(route(family)).execute().await.map_err(into_io) {
+                Err(error) if !is_absent(&error) => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
+        }
+        if found { std::fs::write(FWMARK_ACCEPT, "0") } else { Ok(()) }
+    })
+}
+
+async fn add_family(handle: &Handle, family: AddressFamily) -> io::Result<()> {
+    present(handle.route().add(route(family)).execute().await.map_err(into_io))?;
+    let mut request = handle.rule().add();
+    *request.message_mut() = rule(family);
+    request.execute().await.map_err(into_io)
+}
+
+fn rule(family: AddressFamily) -> RuleMessage {
+    let mut rule = RuleMessage::default();
+    rule.header.family = family;
+    rule.header.action = RuleAction::ToTable;
+    rule.header.table = LOCAL_TABLE as u8;
+    rule.attributes = vec![
+        RuleAttribute::Priority(RULE_PRIORITY),
+        RuleAttribute::FwMark(APPLICATION_MARK),
+        RuleAttribute::FwMask(APPLICATION_MARK_MASK),
+    ];
+    rule
+}
+
+fn route(family: AddressFamily) -> RouteMessage {
+    if family == AddressFamily::Inet {
+        RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
+            .output_interface(LOOPBACK)
+            .table_id(LOCAL_TABLE)
+            .kind(RouteType::Local)
+            .scope(RouteScope::Host)
+            .build()
+    } else {
+        RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(Ipv6Addr::UNSPECIFIED, 0)
+            .output_interface(LOOPBACK)
+            .table_id(LOCAL_TABLE)
+            .kind(RouteType::Local)
+            .build()
+    }
+}
+
+/// A thread of its own enters the namespace: the netlink library is asynchronous, and neither may
+/// the caller's thread wait for it inside, nor is the caller always within a runtime.
+fn in_namespace<F: Future<Output = io::Result<()>>>(
+    netns: &Netns,
+    work: impl FnOnce(Handle) -> F + Send,
+) -> io::Result<()> {
+    let work = || {
+        netns.run(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+            runtime.block_on(async {
+                let (connection, handle, _) = rtnetlink::new_connection()?;
+                tokio::spawn(connection);
+                work(handle).await
+            })
+        })?
+    };
+    thread::scope(|scope| match scope.spawn(work).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
+}
+
+/// What exists already is as good as added.
+fn present(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+        result => result,
+    }
+}
+
+fn is_absent(error: &io::Error) -> bool {
+    let codes = [libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
+    error.raw_os_error().is_some_and(|code| codes.contains(&code))
+}
+
+fn into_io(error: rtnetlink::Error) -> io::Error {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => message.to_io(),
+        other => io::Error::other(other),
+    }
+}

@@ -1,0 +1,136 @@
+//! The kernel object and how it is loaded.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use aya::programs::ProgramType;
+use aya::sys::{BpfHelper, is_helper_supported, is_program_supported};
+use aya::util::KernelVersion;
+use aya::{Ebpf, EbpfLoader};
+use culvert_abi::{
+    ABI_MAP, ADDRESSES_MAP, COUNTS_MAP, EXCLUDED_NETS_MAP, EXCLUDED_PORTS_MAP, HAVE_MPTCP,
+    HAVE_SET_RETVAL, LISTENERS_MAP, NODE_NETNS, POD_FLOWS_MAP, POD_NETNS, PODS_MAP, PROBES_MAP,
+    SOCKETS_MAP,
+};
+use culvert_core::tables::NetnsCookie;
+use tracing::level_filters::LevelFilter;
+
+use super::pins::Pins;
+use super::{CaptureError, CaptureOptions};
+
+/// Built by the build script.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert.bpf.o"));
+
+/// The ring buffer of aya-log.
+pub const LOGS_MAP: &str = "AYA_LOGS";
+/// Maps that outlive the agent. The constants are not among them: they differ from pod to pod.
+pub const PINNED_MAPS: [&str; 11] = [
+    ABI_MAP,
+    PODS_MAP,
+    ADDRESSES_MAP,
+    EXCLUDED_PORTS_MAP,
+    EXCLUDED_NETS_MAP,
+    SOCKETS_MAP,
+    POD_FLOWS_MAP,
+    PROBES_MAP,
+    LISTENERS_MAP,
+    COUNTS_MAP,
+    LOGS_MAP,
+];
+
+/// Loads the object any number of times onto the same pinned maps.
+pub struct Loader {
+    maps: Vec<(&'static str, PathBuf)>,
+    node: NetnsCookie,
+    max_pods: u32,
+    log_level: u8,
+    have_set_retval: u8,
+    have_mptcp: u8,
+}
+
+impl fmt::Debug for Loader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Loader").field("node", &self.node).finish_non_exhaustive()
+    }
+}
+
+impl Loader {
+    pub fn new(options: &CaptureOptions, pins: &Pins) -> Result<Loader, CaptureError> {
+        let helper = |helper| {
+            is_helper_supported(ProgramType::CgroupSockAddr, helper)
+                .map_err(|error| CaptureError::Object(Box::new(error.into())))
+        };
+        Ok(Loader {
+            maps: PINNED_MAPS.iter().map(|map| (*map, pins.map(map))).collect(),
+            node: options.node,
+            max_pods: options.max_pods,
+            log_level: log_level(options.log_level),
+            have_set_retval: helper(BpfHelper::BPF_FUNC_set_retval)?.into(),
+            have_mptcp: helper(BpfHelper::BPF_FUNC_skc_to_mptcp_sock)?.into(),
+        })
+    }
+
+    /// Creates the maps that are not pinned yet and prepares the programs; with the cookie of a pod
+    /// for its own program.
+    pub fn load(&self, pod: Option<NetnsCookie>) -> Result<Ebpf, CaptureError> {
+        let pod = pod.map_or(0, |NetnsCookie(cookie)| cookie);
+        let mut loader = EbpfLoader::new();
+        for (map, path) in &self.maps {
+            loader.map_pin_path(map, path.as_path());
+        }
+        loader
+            .map_max_entries(PODS_MAP, self.max_pods)
+            .map_max_entries(POD_FLOWS_MAP, self.max_pods)
+            .map_max_entries(ADDRESSES_MAP, self.max_pods.saturating_mul(4))
+            .map_max_entries(EXCLUDED_PORTS_MAP, self.max_pods.saturating_mul(64))
+            .map_max_entries(EXCLUDED_NETS_MAP, self.max_pods.saturating_mul(64))
+            .map_max_entries(LISTENERS_MAP, self.max_pods.saturating_mul(3))
+            .override_global(NODE_NETNS, &self.node.0, true)
+            .override_global(POD_NETNS, &pod, true)
+            .override_global(HAVE_SET_RETVAL, &self.have_set_retval, true)
+            .override_global(HAVE_MPTCP, &self.have_mptcp, true)
+            .override_global(aya_log::LEVEL, &self.log_level, true);
+        loader.load(OBJECT).map_err(|error| CaptureError::Object(Box::new(error)))
+    }
+}
+
+/// The levels of aya-log: off is 0, error is 1, trace is 5.
+fn log_level(level: LevelFilter) -> u8 {
+    level.into_level().map_or(0, |level| match level {
+        tracing::Level::ERROR => 1,
+        tracing::Level::WARN => 2,
+        tracing::Level::INFO => 3,
+        tracing::Level::DEBUG => 4,
+        tracing::Level::TRACE => 5,
+    })
+}
+
+/// Tells the first thing that this kernel lacks.
+pub fn check_features() -> Result<(), CaptureError> {
+    let program = |kind| {
+        is_program_supported(kind).map_err(|error| CaptureError::Object(Box::new(error.into())))
+    };
+    let helper = |kind, helper| {
+        is_helper_supported(kind, helper)
+            .map_err(|error| CaptureError::Object(Box::new(error.into())))
+    };
+    let netns_cookie = BpfHelper::BPF_FUNC_get_netns_cookie;
+    require("connect hooks", "4.17", program(ProgramType::CgroupSockAddr)?)?;
+    require("socket storage in connect hooks", "5.8", {
+        helper(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_sk_storage_get)?
+    })?;
+    require("sk_lookup", "5.9", program(ProgramType::SkLookup)?)?;
+    require("bpf_get_netns_cookie in sockops", "5.15", helper(ProgramType::SockOps, netns_cookie)?)
+}
+
+fn require(
+    feature: &'static str,
+    needs: &'static str,
+    supported: bool,
+) -> Result<(), CaptureError> {
+    if supported {
+        return Ok(());
+    }
+    let running = KernelVersion::current().map_or("unknown".to_owned(), |v| format!("{v:?}"));
+    Err(CaptureError::Unsupported { feature, needs, running })
+}

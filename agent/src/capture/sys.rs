@@ -1,0 +1,215 @@
+//! System calls that no library in use offers: parts of `bpf(2)`, namespaces, mounts, locks.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// Commands of `bpf(2)`.
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
+
+/// `SO_NETNS_COOKIE` (Linux 5.14).
+const SO_NETNS_COOKIE: libc::c_int = 71;
+/// `BPF_FS_MAGIC`.
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// Calls `bpf(2)` with one of its attribute structures.
+///
+/// # Safety
+/// `T` is the structure the command expects, and every address in it is valid for the call.
+unsafe fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_long> {
+    let pointer: *mut T = attributes;
+    // SAFETY: by this function's contract.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, pointer, mem::size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Sets one element of a map whose kernel type libraries want exclusive access for, although the
+/// kernel does not.
+///
+/// # Safety
+/// `K` and `V` have the sizes of the map's keys and values, and no padding.
+pub unsafe fn map_update<K: Copy, V: Copy>(map: BorrowedFd, key: &K, value: &V) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        map: u32,
+        reserved: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let mut attributes = Attributes {
+        map: map.as_raw_fd().cast_unsigned(),
+        reserved: 0,
+        key: std::ptr::from_ref(key).addr() as u64,
+        value: std::ptr::from_ref(value).addr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the structure is that of BPF_MAP_*_ELEM, the references outlive the call, and their
+    // sizes are right by this function's contract.
+    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attributes) }.map(drop)
+}
+
+/// Opens what is pinned at a path.
+pub fn pinned(path: &Path) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attributes {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attributes = Attributes { path: path.as_ptr().addr() as u64, fd: 0, flags: 0 };
+    // SAFETY: the structure is that of BPF_OBJ_GET; the path outlives the call.
+    let fd = unsafe { bpf(BPF_OBJ_GET, &mut attributes) }?;
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just given this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Puts another program behind a link, atomically (Linux 5.7; network namespaces 5.8).
+pub fn link_update(link: BorrowedFd, program: BorrowedFd) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        link: u32,
+        program: u32,
+        flags: u32,
+        old_program: u32,
+    }
+    let mut attributes = Attributes {
+        link: link.as_raw_fd().cast_unsigned(),
+        program: program.as_raw_fd().cast_unsigned(),
+        flags: 0,
+        old_program: 0,
+    };
+    // SAFETY: the structure is that of BPF_LINK_UPDATE and holds no addresses.
+    unsafe { bpf(BPF_LINK_UPDATE, &mut attributes) }.map(drop)
+}
+
+/// Takes a link off what it is attached to, at once (Linux 5.9). Merely removing its last pin does
+/// so some time later.
+pub fn link_detach(link: BorrowedFd) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        link: u32,
+    }
+    let mut attributes = Attributes { link: link.as_raw_fd().cast_unsigned() };
+    // SAFETY: the structure is that of BPF_LINK_DETACH and holds no addresses.
+    unsafe { bpf(BPF_LINK_DETACH, &mut attributes) }.map(drop)
+}
+
+/// Inode number of the network namespace a link is attached to; `None` once that is gone.
+pub fn link_netns(link: BorrowedFd) -> io::Result<Option<u64>> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct Information {
+        kind: u32,
+        id: u32,
+        program: u32,
+        padding: u32,
+        netns_inode: u32,
+        attach_type: u32,
+        rest: [u64; 8],
+    }
+    #[repr(C)]
+    struct Attributes {
+        fd: u32,
+        length: u32,
+        information: u64,
+    }
+    let mut information = Information::default();
+    let mut attributes = Attributes {
+        fd: link.as_raw_fd().cast_unsigned(),
+        length: mem::size_of::<Information>() as u32,
+        information: std::ptr::from_mut(&mut information).addr() as u64,
+    };
+    // SAFETY: the structure is that of BPF_OBJ_GET_INFO_BY_FD. The kernel fills at most `length`
+    // bytes, which have the layout of `struct bpf_link_info` with its member for namespaces.
+    unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes) }?;
+    Ok((information.netns_inode != 0).then_some(information.netns_inode.into()))
+}
+
+/// The cookie of the network namespace that a socket belongs to (Linux 5.14).
+pub fn netns_cookie(socket: BorrowedFd) -> io::Result<u64> {
+    let mut cookie = 0u64;
+    let mut length = mem::size_of::<u64>() as libc::socklen_t;
+    let pointer: *mut u64 = &mut cookie;
+    // SAFETY: the kernel writes at most `length` bytes to `cookie`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            pointer.cast(),
+            &mut length,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+}
+
+/// Sets a socket option that is one number.
+pub fn set_option(
+    socket: BorrowedFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    let pointer: *const libc::c_int = &value;
+    let length = mem::size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the kernel reads `length` bytes of `value`.
+    let result =
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, pointer.cast(), length) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Moves the calling thread into a network namespace.
+pub fn enter_netns(netns: BorrowedFd) -> io::Result<()> {
+    // SAFETY: changes only the calling thread's namespace; nothing in memory depends on it.
+    let result = unsafe { libc::setns(netns.as_raw_fd(), libc::CLONE_NEWNET) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Whether a path lies on a BPF file system.
+pub fn is_bpf_fs(path: &Path) -> io::Result<bool> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: all zeroes is a valid value of this plain structure.
+    let mut stat: libc::statfs = unsafe { mem::zeroed() };
+    // SAFETY: the path is terminated and `stat` is ours.
+    let result = unsafe { libc::statfs(path.as_ptr(), &mut stat) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(stat.f_type as i64 == BPF_FS_MAGIC)
+    }
+}
+
+/// Mounts a BPF file system.
+pub fn mount_bpf_fs(path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let data = c"mode=0700";
+    // SAFETY: all strings are terminated and outlive the call.
+    let result = unsafe {
+        libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, data.as_ptr().cast())
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Gives back the lock of [`lock`], also for processes that hold a copy of the descriptor.
+pub fn unlock(file: &File) {
+    // SAFETY: takes a descriptor only. Closing the last descriptor would do the same.
+    unsafe { libc::flock(file.as_fd().as_raw_fd(), libc::LOCK_UN) };
+}
+
+/// Takes the lock of a folder or file for as long as it stays open. `WouldBlock`: someone has it.
+pub fn lock(file: &File) -> io::Result<()> {
+    // SAFETY: takes a descriptor only.
+    let result = unsafe { libc::flock(file.as_fd().as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

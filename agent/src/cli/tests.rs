@@ -1,0 +1,5 @@
+#![allow(clippy::unwrap_used)]
+
+mod asking;
+mod parsing;
+mod tables;

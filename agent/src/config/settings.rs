@@ -1,0 +1,440 @@
+//! Builds the settings from flags and environment.
+
+use std::ffi::OsString;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing_subscriber::filter::Targets;
+
+use super::{
+    Config, ConfigError, Http2, Keepalive, Log, LogFormat, Named, PoolLimits, Servers, StatedMesh,
+};
+
+/// The flags of `culvert run`, as written.
+#[derive(Clone, Debug, Default)]
+pub struct Flags {
+    pub config: Option<PathBuf>,
+    pub node: Option<String>,
+    pub state_dir: Option<PathBuf>,
+    pub pin_path: Option<PathBuf>,
+    pub cgroup: Option<PathBuf>,
+    pub admin: Option<String>,
+    pub stats: Option<String>,
+    pub readiness: Option<String>,
+    pub log: Option<String>,
+    pub log_format: Option<String>,
+}
+
+/// What the process finds around itself, brought in by `cli`.
+pub struct Surroundings<'a> {
+    /// An environment variable.
+    pub variable: &'a dyn Fn(&str) -> Option<OsString>,
+    /// Processors that this process may use.
+    pub processors: NonZeroUsize,
+    /// Where the cgroup2 hierarchy is mounted.
+    pub cgroup2: Option<PathBuf>,
+}
+
+/// The admin address when nothing else is said; clients of it use the same.
+pub(crate) const DEFAULT_ADMIN: SocketAddr = v4(Ipv4Addr::LOCALHOST, 15000);
+const DEFAULT_STATS: SocketAddr = v6(Ipv6Addr::UNSPECIFIED, 15020);
+const DEFAULT_READINESS: SocketAddr = v6(Ipv6Addr::UNSPECIFIED, 15021);
+pub(crate) const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/culvert";
+const DEFAULT_STATE_DIR: &str = "/var/lib/culvert";
+
+const fn v4(ip: Ipv4Addr, port: u16) -> SocketAddr {
+    SocketAddr::new(std::net::IpAddr::V4(ip), port)
+}
+
+const fn v6(ip: Ipv6Addr, port: u16) -> SocketAddr {
+    SocketAddr::new(std::net::IpAddr::V6(ip), port)
+}
+
+impl Config {
+    /// The settings, or the first thing about them that cannot be.
+    pub fn new(flags: Flags, around: &Surroundings) -> Result<Config, ConfigError> {
+        let env = Environment(around.variable);
+        env.refuse_unsupported()?;
+        let node = env.flag_or("--node", flags.node, "NODE_NAME")?;
+        let cgroup = env.path(flags.cgroup, "CULVERT_CGROUP").or_else(|| around.cgroup2.clone());
+        let pin_path = env.path(flags.pin_path, "CULVERT_PIN_PATH");
+        let state_dir = env.path(flags.state_dir, "CULVERT_STATE_DIR");
+        Ok(Config {
+            file: mesh_file(&env, flags.config)?,
+            node: node.map(|node| node.value.into()).ok_or(ConfigError::Missing {
+                setting: "NODE_NAME or --node",
+                what: "the name of this node, as the workloads' `node` field has it",
+            })?,
+            state_dir: state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
+            pin_path: pin_path.unwrap_or_else(|| DEFAULT_PIN_PATH.into()),
+            cgroup: cgroup.ok_or(ConfigError::Missing {
+                setting: "CULVERT_CGROUP or --cgroup",
+                what: "no cgroup2 file system is mounted; mount one, or name the directory",
+            })?,
+            servers: servers(&env, flags.admin, flags.stats, flags.readiness)?,
+            log: log(&env, flags.log, flags.log_format)?,
+            worker_threads: worker_threads(&env, around.processors)?,
+            drain_deadline: drain_deadline(&env)?,
+            keepalive: keepalive(&env)?,
+            user_timeout: env.parse("USER_TIMEOUT_ENABLED", switch)?.unwrap_or(false),
+            http2: http2(&env)?,
+            pool: pool(&env)?,
+            log_policy_decisions: env.parse("AUTHZ_POLICY_INFO_LOGGING", switch)?.unwrap_or(false),
+            response_baggage: env.parse("ENABLE_RESPONSE_BAGGAGE", switch)?.unwrap_or(true),
+            istio_version: match env.text("ISTIO_META_ISTIO_VERSION")? {
+                Some(version) => version.into(),
+                None => "unknown".into(),
+            },
+            stated: stated(&env)?,
+        })
+    }
+}
+
+/// A value and how the operator named it.
+struct Setting {
+    name: Named,
+    value: String,
+}
+
+impl Setting {
+    fn invalid(&self, why: impl Into<String>) -> ConfigError {
+        ConfigError::Invalid {
+            setting: self.name.clone(),
+            value: self.value.clone(),
+            why: why.into(),
+        }
+    }
+}
+
+struct Environment<'a>(&'a dyn Fn(&str) -> Option<OsString>);
+
+impl Environment<'_> {
+    /// An empty variable is one that is not set, as deployments that template them need it.
+    fn raw(&self, name: &str) -> Option<OsString> {
+        (self.0)(name).filter(|value| !value.is_empty())
+    }
+
+    fn text(&self, name: &str) -> Result<Option<String>, ConfigError> {
+        let Some(raw) = self.raw(name) else { return Ok(None) };
+        raw.into_string().map(Some).map_err(|raw| ConfigError::Invalid {
+            setting: Named(name.to_owned()),
+            value: raw.to_string_lossy().into_owned(),
+            why: "is not UTF-8".to_owned(),
+        })
+    }
+
+    fn setting(&self, name: &str) -> Result<Option<Setting>, ConfigError> {
+        let value = self.text(name)?;
+        Ok(value.map(|value| Setting { name: Named(name.to_owned()), value }))
+    }
+
+    fn flag_or(
+        &self,
+        flag: &str,
+        given: Option<String>,
+        variable: &str,
+    ) -> Result<Option<Setting>, ConfigError> {
+        match given {
+            Some(value) => {
+                let setting = Setting { name: Named(flag.to_owned()), value };
+                if setting.value.is_empty() {
+                    return Err(setting.invalid("is empty"));
+                }
+                Ok(Some(setting))
+            }
+            None => self.setting(variable),
+        }
+    }
+
+    fn path(&self, flag: Option<PathBuf>, variable: &str) -> Option<PathBuf> {
+        flag.or_else(|| self.raw(variable).map(PathBuf::from))
+    }
+
+    fn parse<T>(
+        &self,
+        name: &str,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Result<Option<T>, ConfigError> {
+        let Some(setting) = self.setting(name)? else { return Ok(None) };
+        parse(&setting.value).map(Some).map_err(|why| setting.invalid(why))
+    }
+
+    /// What would be obeyed by ztunnel and would silently not hold here.
+    fn refuse_unsupported(&self) -> Result<(), ConfigError> {
+        for (setting, why) in [
+            ("LOCAL_XDS", "put the text into a file and name it with CULVERT_CONFIG"),
+            ("XDS_ADDRESS", "the mesh comes from a file; leave it empty"),
+            ("CA_ADDRESS", "certificates come from the embedded CA; leave it empty"),
+        ] {
+            if self.raw(setting).is_some() {
+                return Err(ConfigError::Unsupported { setting, why });
+            }
+        }
+        match self.text("PROXY_MODE")?.as_deref() {
+            None | Some("shared") => Ok(()),
+            Some(_) => Err(ConfigError::Unsupported {
+                setting: "PROXY_MODE",
+                why: "the agent serves all pods of its node; leave it empty or `shared`",
+            }),
+        }
+    }
+}
+
+fn mesh_file(env: &Environment, flag: Option<PathBuf>) -> Result<PathBuf, ConfigError> {
+    if let Some(path) = flag {
+        return Ok(path);
+    }
+    match (env.raw("CULVERT_CONFIG"), env.raw("LOCAL_XDS_PATH")) {
+        (Some(ours), Some(theirs)) if ours != theirs => Err(ConfigError::Contradiction {
+            setting: Named("CULVERT_CONFIG".to_owned()),
+            other: Named("LOCAL_XDS_PATH".to_owned()),
+            why: "they name two files".to_owned(),
+        }),
+        (Some(path), _) | (None, Some(path)) => Ok(path.into()),
+        (None, None) => Err(ConfigError::Missing {
+            setting: "CULVERT_CONFIG or --config",
+            what: "the mesh file",
+        }),
+    }
+}
+
+fn servers(
+    env: &Environment,
+    admin: Option<String>,
+    stats: Option<String>,
+    readiness: Option<String>,
+) -> Result<Servers, ConfigError> {
+    let mut taken: Vec<(Named, SocketAddr)> = Vec::new();
+    let mut server = |flag, given, variable: &str, default| {
+        let setting = env.flag_or(flag, given, variable)?;
+        let (name, addr) = match setting {
+            Some(setting) => {
+                let addr = listen_address(&setting.value).map_err(|why| setting.invalid(why))?;
+                (setting.name, addr)
+            }
+            None => (Named(variable.to_owned()), default),
+        };
+        if let Some((other, _)) = taken.iter().find(|(_, other)| collide(*other, addr)) {
+            return Err(ConfigError::Contradiction {
+                setting: name,
+                other: other.clone(),
+                why: format!("both servers would listen on {addr}"),
+            });
+        }
+        taken.push((name, addr));
+        Ok(addr)
+    };
+    Ok(Servers {
+        admin: server("--admin", admin, "ADMIN_ADDR", DEFAULT_ADMIN)?,
+        stats: server("--stats", stats, "STATS_ADDR", DEFAULT_STATS)?,
+        readiness: server("--readiness", readiness, "READINESS_ADDR", DEFAULT_READINESS)?,
+    })
+}
+
+/// Port 0 stands for a free port and collides with nothing. `[::]` also takes IPv4.
+fn collide(one: SocketAddr, other: SocketAddr) -> bool {
+    let overlap =
+        one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified();
+    one.port() != 0 && one.port() == other.port() && overlap
+}
+
+/// `IP:port`, or `localhost:port` for the IPv4 loopback address.
+fn listen_address(text: &str) -> Result<SocketAddr, String> {
+    let port = text.strip_prefix("localhost:").and_then(|port| port.parse().ok());
+    match port {
+        Some(port) => Ok(v4(Ipv4Addr::LOCALHOST, port)),
+        None => text.parse().map_err(|_| {
+            "is neither IP:port nor localhost:port, as 127.0.0.1:15000 or [::]:15020".to_owned()
+        }),
+    }
+}
+
+fn log(
+    env: &Environment,
+    directives: Option<String>,
+    format: Option<String>,
+) -> Result<Log, ConfigError> {
+    let directives = match env.flag_or("--log", directives, "RUST_LOG")? {
+        Some(setting) => match Targets::from_str(&setting.value) {
+            Ok(_) => setting.value,
+            Err(error) => {
+                return Err(setting.invalid(format!(
+                    "is not a list of `level` and `scope=level`, as info,access=debug: {error}"
+                )));
+            }
+        },
+        None => "info".to_owned(),
+    };
+    let format = match env.flag_or("--log-format", format, "LOG_FORMAT")? {
+        Some(setting) => match setting.value.as_str() {
+            "plain" => LogFormat::Plain,
+            "json" => LogFormat::Json,
+            _ => return Err(setting.invalid("is neither plain nor json")),
+        },
+        None => LogFormat::Plain,
+    };
+    Ok(Log { directives, format })
+}
+
+/// A number, or a share of the processors as `50%`; 0 stands for all processors.
+fn worker_threads(
+    env: &Environment,
+    processors: NonZeroUsize,
+) -> Result<NonZeroUsize, ConfigError> {
+    let threads = |text: &str| -> Result<NonZeroUsize, String> {
+        let count = match text.strip_suffix('%') {
+            None => text.parse::<usize>().map_err(|_| "is neither a number nor a percentage")?,
+            Some(percent) => match percent.parse::<usize>() {
+                Ok(percent @ 1..=100) => (processors.get() * percent).div_ceil(100),
+                Ok(_) | Err(_) => return Err("is not between 1% and 100%".to_owned()),
+            },
+        };
+        if count > MAX_THREADS {
+            return Err(format!("is more than {MAX_THREADS}"));
+        }
+        Ok(NonZeroUsize::new(count).unwrap_or(processors))
+    };
+    let ours = env.parse("CULVERT_WORKER_THREADS", threads)?;
+    let theirs = env.parse("ZTUNNEL_WORKER_THREADS", threads)?;
+    match (ours, theirs) {
+        (Some(ours), Some(theirs)) if ours != theirs => Err(ConfigError::Contradiction {
+            setting: Named("CULVERT_WORKER_THREADS".to_owned()),
+            other: Named("ZTUNNEL_WORKER_THREADS".to_owned()),
+            why: format!("{ours} is not {theirs}"),
+        }),
+        (Some(count), _) | (None, Some(count)) => Ok(count),
+        (None, None) => Ok(processors),
+    }
+}
+
+const MAX_THREADS: usize = 1024;
+
+/// From the grace period a few seconds are left for closing what remains by ourselves, more
+/// gently than being killed would.
+fn drain_deadline(env: &Environment) -> Result<Duration, ConfigError> {
+    let grace = env.parse("TERMINATION_GRACE_PERIOD_SECONDS", |text| {
+        text.parse::<u64>().map_err(|_| "is not a number of seconds".to_owned())
+    })?;
+    let deadline = env.parse("CONNECTION_TERMINATION_DEADLINE", duration)?;
+    match (deadline, grace) {
+        (Some(deadline), Some(grace)) if deadline > Duration::from_secs(grace) => {
+            Err(ConfigError::Contradiction {
+                setting: Named("CONNECTION_TERMINATION_DEADLINE".to_owned()),
+                other: Named("TERMINATION_GRACE_PERIOD_SECONDS".to_owned()),
+                why: format!(
+                    "connections may last {} after the start of a shutdown that is cut off after \
+                     {grace}s",
+                    humantime::format_duration(deadline)
+                ),
+            })
+        }
+        (Some(deadline), _) => Ok(deadline),
+        (None, Some(grace)) => {
+            let seconds = if grace > 10 { grace - 5 } else { grace.saturating_sub(1).max(1) };
+            Ok(Duration::from_secs(seconds))
+        }
+        (None, None) => Ok(Duration::from_secs(5)),
+    }
+}
+
+fn keepalive(env: &Environment) -> Result<Option<Keepalive>, ConfigError> {
+    let enabled = env.parse("KEEPALIVE_ENABLED", switch)?.unwrap_or(true);
+    // The kernel takes no more (`MAX_TCP_KEEPIDLE`, `MAX_TCP_KEEPINTVL`, `MAX_TCP_KEEPCNT`).
+    let seconds = |text: &str| match duration(text)? {
+        time if time.subsec_nanos() != 0 => Err("is not whole seconds".to_owned()),
+        time if !(1..=32767).contains(&time.as_secs()) => {
+            Err("is not between 1 and 32767 seconds".to_owned())
+        }
+        time => Ok(time),
+    };
+    let time = env.parse("KEEPALIVE_TIME", seconds)?;
+    let interval = env.parse("KEEPALIVE_INTERVAL", seconds)?;
+    let retries = env.parse("KEEPALIVE_RETRIES", |text| number(text, 1, 127))?;
+    if !enabled {
+        let set = [
+            ("KEEPALIVE_TIME", time.is_some()),
+            ("KEEPALIVE_INTERVAL", interval.is_some()),
+            ("KEEPALIVE_RETRIES", retries.is_some()),
+        ];
+        return match set.into_iter().find(|(_, set)| *set) {
+            None => Ok(None),
+            Some((name, _)) => Err(ConfigError::Contradiction {
+                setting: Named(name.to_owned()),
+                other: Named("KEEPALIVE_ENABLED".to_owned()),
+                why: "keepalive is switched off".to_owned(),
+            }),
+        };
+    }
+    Ok(Some(Keepalive {
+        time: time.unwrap_or(Duration::from_secs(180)),
+        interval: interval.unwrap_or(Duration::from_secs(180)),
+        retries: retries.unwrap_or(9),
+    }))
+}
+
+fn http2(env: &Environment) -> Result<Http2, ConfigError> {
+    // RFC 9113 sections 6.5.2 and 6.9.1.
+    let window = |text: &str| number(text, 65_535, (1 << 31) - 1);
+    let frame = |text: &str| number(text, 16_384, (1 << 24) - 1);
+    let stream_window = env.parse("HTTP2_STREAM_WINDOW_SIZE", window)?.unwrap_or(1 << 20);
+    let connection_window = env.parse("HTTP2_CONNECTION_WINDOW_SIZE", window)?.unwrap_or(128 << 20);
+    if stream_window > connection_window {
+        return Err(ConfigError::Contradiction {
+            setting: Named("HTTP2_STREAM_WINDOW_SIZE".to_owned()),
+            other: Named("HTTP2_CONNECTION_WINDOW_SIZE".to_owned()),
+            why: format!("{stream_window} bytes of one stream exceed {connection_window} of all"),
+        });
+    }
+    let frame_size = env.parse("HTTP2_FRAME_SIZE", frame)?.unwrap_or(1 << 20);
+    Ok(Http2 { stream_window, connection_window, frame_size })
+}
+
+fn pool(env: &Environment) -> Result<PoolLimits, ConfigError> {
+    let streams = env.parse("POOL_MAX_STREAMS_PER_CONNECTION", |text| number(text, 1, 65_535))?;
+    let release = env.parse("POOL_UNUSED_RELEASE_TIMEOUT", duration)?;
+    Ok(PoolLimits {
+        streams_per_connection: streams.unwrap_or(100),
+        release_unused_after: release.unwrap_or(Duration::from_secs(300)),
+    })
+}
+
+fn stated(env: &Environment) -> Result<StatedMesh, ConfigError> {
+    let text = |name| env.text(name).map(|value| value.map(Arc::<str>::from));
+    let trust_domain = env.parse("TRUST_DOMAIN", |text| match text.contains('/') {
+        true => Err("holds a `/`".to_owned()),
+        false => Ok(Arc::<str>::from(text)),
+    })?;
+    let (cluster_id, meta) = (text("CLUSTER_ID")?, text("ISTIO_META_CLUSTER_ID")?);
+    if let (Some(id), Some(meta)) = (&cluster_id, &meta)
+        && id != meta
+    {
+        return Err(ConfigError::Contradiction {
+            setting: Named("CLUSTER_ID".to_owned()),
+            other: Named("ISTIO_META_CLUSTER_ID".to_owned()),
+            why: format!("{id:?} is not {meta:?}"),
+        });
+    }
+    Ok(StatedMesh { trust_domain, network: text("NETWORK")?, cluster_id: cluster_id.or(meta) })
+}
+
+fn switch(text: &str) -> Result<bool, String> {
+    text.parse().map_err(|_| "is neither true nor false".to_owned())
+}
+
+/// A bare number counts seconds.
+fn duration(text: &str) -> Result<Duration, String> {
+    if let Ok(seconds) = text.parse() {
+        return Ok(Duration::from_secs(seconds));
+    }
+    humantime::parse_duration(text).map_err(|error| format!("is not a duration, as 90s: {error}"))
+}
+
+fn number<T: TryFrom<u64>>(text: &str, least: u64, most: u64) -> Result<T, String> {
+    let number = text.parse().ok().filter(|number| (least..=most).contains(number));
+    let number = number.and_then(|number: u64| T::try_from(number).ok());
+    number.ok_or_else(|| format!("is not a number between {least} and {most}"))
+}

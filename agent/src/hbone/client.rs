@@ -1,0 +1,286 @@
+//! The client role on one tunnel connection.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use h2::Reason;
+use h2::client::SendRequest;
+use http::{HeaderMap, Request, StatusCode};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Notify;
+use tokio::time::{Instant, Sleep};
+
+use super::keepalive::KeepAlive;
+use super::stream::{HboneStream, Place};
+use super::windows::PeerWindows;
+use super::wire::{Flusher, Wire, wire};
+use super::{REMEMBER_RESETS, REMEMBERED_RESETS, SEND_BUFFER, Settings};
+
+/// How long a fresh connection may keep others waiting for the peer's SETTINGS.
+const SETTLE: std::time::Duration = std::time::Duration::from_millis(100);
+
+/// How long an idle connection has to say good-bye.
+const GOODBYE: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// A CONNECT that did not lead to a stream.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    /// The peer answered, but not with 200.
+    #[error("http status: {status}")]
+    Refused { status: StatusCode, headers: Box<HeaderMap> },
+    /// The connection is going away and has not seen the request, or refused the stream unseen
+    /// (RFC 9113 section 8.7): it may be repeated elsewhere.
+    #[error("h2 failed: {0}")]
+    Unprocessed(h2::Error),
+    #[error("h2 failed: {0}")]
+    Failed(h2::Error),
+}
+
+/// An accepted CONNECT.
+pub struct Accepted {
+    pub stream: HboneStream,
+    /// The headers of the 200.
+    pub headers: HeaderMap,
+}
+
+/// A handle to one connection; its streams go on when it is dropped.
+#[derive(Clone)]
+pub struct Connection {
+    send: SendRequest<Bytes>,
+    pub(super) shared: Arc<Shared>,
+}
+
+/// What the handle, its streams and its driver share.
+pub(super) struct Shared {
+    pub(super) peer: Arc<PeerWindows>,
+    open: AtomicUsize,
+    ended: AtomicBool,
+    streams_per_connection: usize,
+    /// Told whenever a stream ends.
+    freed: Arc<Notify>,
+}
+
+impl Shared {
+    /// Streams that may be open now such that none can stall another.
+    pub(super) fn safe_limit(&self) -> usize {
+        self.peer.safe_streams().min(self.limit())
+    }
+
+    /// Streams that we and the peer allow on the connection.
+    pub(super) fn limit(&self) -> usize {
+        self.peer.max_streams().min(self.streams_per_connection)
+    }
+
+    pub(super) fn open_streams(&self) -> usize {
+        self.open.load(Relaxed)
+    }
+
+    pub(super) fn is_usable(&self) -> bool {
+        !self.ended.load(Relaxed) && !self.peer.is_going_away()
+    }
+
+    /// Takes a place on the connection. Callers serialise limit checks themselves.
+    pub(super) fn take_place(self: &Arc<Self>) -> TakenPlace {
+        self.open.fetch_add(1, Relaxed);
+        TakenPlace(self.clone())
+    }
+}
+
+/// A stream's place on its connection, given back when dropped.
+pub(super) struct TakenPlace(Arc<Shared>);
+
+impl Drop for TakenPlace {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Relaxed);
+        self.0.freed.notify_waiters();
+        self.0.peer.driver.wake();
+    }
+}
+
+impl Connection {
+    /// Opens a stream on a connection that is not shared (the inner tunnel of a cross-network
+    /// call).
+    pub async fn connect(&self, request: Request<()>) -> Result<Accepted, RequestError> {
+        self.connect_at(request, self.shared.take_place()).await
+    }
+
+    pub(super) async fn connect_at(
+        &self,
+        request: Request<()>,
+        place: TakenPlace,
+    ) -> Result<Accepted, RequestError> {
+        let mut send = self.send.clone().ready().await.map_err(RequestError::Unprocessed)?;
+        let (answer, stream) =
+            send.send_request(request, false).map_err(RequestError::Unprocessed)?;
+        let (head, body) = answer.await.map_err(failure)?.into_parts();
+        if head.status != StatusCode::OK {
+            let headers = Box::new(head.headers);
+            return Err(RequestError::Refused { status: head.status, headers });
+        }
+        let place: Place = Some(Box::new(place));
+        let stream = HboneStream::new(stream, body, self.shared.peer.clone(), place);
+        Ok(Accepted { stream, headers: head.headers })
+    }
+}
+
+/// Whether the peer promised that it has not acted on the request.
+fn failure(error: h2::Error) -> RequestError {
+    let refused = error.is_reset() && error.reason() == Some(Reason::REFUSED_STREAM);
+    let gone = error.is_go_away() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR);
+    if refused || gone { RequestError::Unprocessed(error) } else { RequestError::Failed(error) }
+}
+
+/// Starts HTTP/2 on a verified TLS stream. The driver must be run for the connection to move.
+pub async fn handshake<T>(io: T, settings: &Settings) -> Result<(Connection, Driver<T>), h2::Error>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    handshake_with(io, settings, Arc::default()).await
+}
+
+pub(super) async fn handshake_with<T>(
+    io: T,
+    settings: &Settings,
+    freed: Arc<Notify>,
+) -> Result<(Connection, Driver<T>), h2::Error>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let peer = PeerWindows::new(settings.stream_window, settings.streams_per_connection);
+    let (wire, flusher) = wire(io, 0, peer.clone());
+    let (send, mut connection) = h2::client::Builder::new()
+        .enable_push(false)
+        .initial_window_size(settings.stream_window)
+        .initial_connection_window_size(settings.connection_window())
+        .max_frame_size(settings.max_frame)
+        .max_header_list_size(settings.client_header_list)
+        .max_send_buffer_size(SEND_BUFFER)
+        .max_concurrent_reset_streams(REMEMBERED_RESETS)
+        .reset_stream_duration(REMEMBER_RESETS)
+        .data_frame_budget(settings.connection_window() as usize)
+        .handshake(wire)
+        .await?;
+    let keepalive =
+        KeepAlive::new(connection.ping_pong(), settings.ping_interval, settings.ping_timeout);
+    let shared = Arc::new(Shared {
+        peer,
+        open: AtomicUsize::new(0),
+        ended: AtomicBool::new(false),
+        streams_per_connection: settings.streams_per_connection,
+        freed,
+    });
+    let driver = Driver {
+        connection,
+        flusher,
+        keepalive,
+        shared: shared.clone(),
+        settling: Some(Settling { _guard: None, alarm: Box::pin(tokio::time::sleep(SETTLE)) }),
+        idle: None,
+    };
+    Ok((Connection { send, shared }, driver))
+}
+
+/// Moves the frames of one connection. Dropping it resets all streams abnormally.
+pub struct Driver<T> {
+    connection: h2::client::Connection<Wire<T>, Bytes>,
+    flusher: Flusher<T>,
+    keepalive: KeepAlive,
+    shared: Arc<Shared>,
+    settling: Option<Settling>,
+    idle: Option<Idle>,
+}
+
+struct Settling {
+    _guard: Option<Box<dyn Send>>,
+    alarm: Pin<Box<Sleep>>,
+}
+
+/// Closes a connection that has had no streams for a while.
+struct Idle {
+    after: std::time::Duration,
+    alarm: Pin<Box<Sleep>>,
+    armed: bool,
+    /// Takes the connection out of the pool; `false` if it has just been used again.
+    retire: Box<dyn FnMut() -> bool + Send>,
+    retired: bool,
+}
+
+impl<T> Driver<T> {
+    /// Keeps `guard` until the peer's limits are known, at most 100 ms.
+    pub(super) fn hold_until_settled(&mut self, guard: Box<dyn Send>) {
+        if let Some(settling) = &mut self.settling {
+            settling._guard = Some(guard);
+        }
+    }
+
+    pub(super) fn retire_when_idle(
+        &mut self,
+        after: std::time::Duration,
+        retire: Box<dyn FnMut() -> bool + Send>,
+    ) {
+        let alarm = Box::pin(tokio::time::sleep(after));
+        self.idle = Some(Idle { after, alarm, armed: false, retire, retired: false });
+    }
+
+    fn poll_settled(&mut self, cx: &mut Context<'_>) {
+        if let Some(settling) = &mut self.settling {
+            if self.shared.peer.is_settled() || settling.alarm.as_mut().poll(cx).is_ready() {
+                self.settling = None;
+            }
+        }
+    }
+
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(idle) = &mut self.idle else { return Poll::Pending };
+        if idle.retired {
+            return idle.alarm.as_mut().poll(cx);
+        }
+        if self.shared.open_streams() > 0 {
+            idle.armed = false;
+            return Poll::Pending;
+        }
+        if !idle.armed {
+            idle.armed = true;
+            idle.alarm.as_mut().reset(Instant::now() + idle.after);
+        }
+        while idle.alarm.as_mut().poll(cx).is_ready() {
+            if idle.retired {
+                return Poll::Ready(());
+            }
+            idle.retired = (idle.retire)();
+            let next = if idle.retired { GOODBYE } else { idle.after };
+            idle.alarm.as_mut().reset(Instant::now() + next);
+        }
+        Poll::Pending
+    }
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Future for Driver<T> {
+    /// The connection has ended; its streams know why.
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = self.get_mut();
+        this.shared.peer.driver.register(cx.waker());
+        let ended = Pin::new(&mut this.connection).poll(cx).is_ready();
+        let broken = matches!(this.flusher.poll_flush(cx), Poll::Ready(Err(_)));
+        this.poll_settled(cx);
+        let silent = this.keepalive.poll_unanswered(cx).is_ready();
+        let idle = this.poll_idle(cx).is_ready();
+        if ended || broken || silent || idle {
+            return Poll::Ready(());
+        }
+        Poll::Pending
+    }
+}
+
+impl<T> Drop for Driver<T> {
+    fn drop(&mut self) {
+        self.shared.ended.store(true, Relaxed);
+        self.shared.freed.notify_waiters();
+    }
+}

@@ -1,0 +1,184 @@
+//! What every corridor needs of this node: the mesh as known now, the pods, and the rooms.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use culvert_core::authorization::{Action, Connection};
+use culvert_core::authorize::{self, Denied, DryRun, Permit};
+use culvert_core::snapshot::Snapshot;
+use culvert_core::view::Enrolled;
+use culvert_core::workload::{PolicyKey, Workload};
+use tokio::sync::watch;
+
+use crate::ca::Certificates;
+use crate::capture::Capture;
+use crate::config::Keepalive;
+use crate::connections::Connections;
+use crate::hbone;
+use crate::pods::Pod;
+use crate::telemetry::{Denial, DenialReason, DryRunEvaluation, Telemetry};
+
+/// How long a connection waits for the pod's own workload to become known.
+const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
+
+/// One agent's share of the mesh. Built once by `app`, shared by every task.
+pub struct Node {
+    /// The Kubernetes node name, or what stands for it.
+    pub name: Arc<str>,
+    /// The network that this node's addresses belong to.
+    pub network: Arc<str>,
+    pub mesh: Arc<Mesh>,
+    pub capture: Arc<Capture>,
+    pub certificates: Arc<Certificates>,
+    pub telemetry: Telemetry,
+    pub connections: Connections,
+    pub tunnels: hbone::Settings,
+    /// Kernel keepalive of captured and dialled connections.
+    pub keepalive: Option<Keepalive>,
+    pub options: Options,
+}
+
+/// Choices of the operator that corridors follow.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Describe the destination workload in a `baggage` header on 200 answers.
+    pub response_baggage: bool,
+    /// Log every policy decision at info instead of debug.
+    pub log_policy_at_info: bool,
+}
+
+impl Node {
+    /// The workload that `pod` is, as known now; waits a little for one that is not known yet.
+    pub async fn workload_of(&self, pod: &Pod) -> Result<Arc<Workload>, UnknownWorkload> {
+        let mut changes = self.mesh.changes();
+        let known = async {
+            loop {
+                if let Some(workload) = self.mesh.snapshot().workload(&pod.uid) {
+                    return workload.clone();
+                }
+                if changes.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        let unknown = |_| UnknownWorkload(pod.uid.clone());
+        tokio::time::timeout(WORKLOAD_WAIT, known).await.map_err(unknown)
+    }
+
+    /// Judges a connection to `local` by the policies of now, and tells of the judgement.
+    pub fn authorize(&self, local: &Workload, connection: &Connection) -> Result<Permit, Denied> {
+        let judgement = authorize::authorize(&self.mesh.snapshot(), local, connection);
+        for policy in &judgement.missing {
+            tracing::warn!(workload = %local.uid, %policy, "policy is not known, skipped");
+        }
+        for dry_run in &judgement.dry_run {
+            self.tell_dry_run(dry_run, connection);
+        }
+        match &judgement.verdict {
+            Ok(permit) => self.tell_verdict(local, connection, permit),
+            Err(denied) => self.tell_verdict(local, connection, denied),
+        }
+        judgement.verdict
+    }
+
+    fn tell_verdict(&self, local: &Workload, connection: &Connection, verdict: &dyn fmt::Display) {
+        let (source, port) = (connection.source, connection.port);
+        if self.options.log_policy_at_info {
+            tracing::info!(target: "rbac", workload = %local.uid, %source, port, %verdict);
+        } else {
+            tracing::debug!(target: "rbac", workload = %local.uid, %source, port, %verdict);
+        }
+    }
+
+    fn tell_dry_run(&self, dry_run: &DryRun, connection: &Connection) {
+        let source = connection.source;
+        tracing::info!(target: "rbac", %source, port = connection.port, "dry run: {dry_run}");
+        let tell = |policy: &PolicyKey, action, matched| {
+            self.telemetry.dry_run(DryRunEvaluation { policy: policy.clone(), action, matched });
+        };
+        match dry_run {
+            DryRun::WouldDeny { policy, .. } => tell(policy, Action::Deny, true),
+            DryRun::WouldAllow { policy, .. } => tell(policy, Action::Allow, true),
+            DryRun::WouldNotAllow { policies } => {
+                policies.iter().for_each(|policy| tell(policy, Action::Allow, false));
+            }
+        }
+    }
+}
+
+/// What the log says of a denial besides its text.
+pub fn denial(denied: &Denied) -> Denial {
+    let reason = match denied {
+        Denied::Explicit { .. } => DenialReason::Explicit,
+        Denied::NoneAllowed => DenialReason::NoneAllowed,
+        Denied::NotFromWaypoint { .. } => DenialReason::NotFromWaypoint,
+    };
+    Denial { reason, policy: denied.policy().cloned(), rule: denied.rule() }
+}
+
+/// The mesh does not (yet, or any more) know the workload of an enrolled pod.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown local workload: {0}")]
+pub struct UnknownWorkload(Arc<str>);
+
+/// The current snapshot and the enrolled pods; readers never wait.
+pub struct Mesh {
+    snapshot: ArcSwap<Snapshot>,
+    pods: ArcSwap<Pods>,
+    published: watch::Sender<u64>,
+}
+
+/// The enrolled pods, by workload uid, and the same as decisions see them.
+#[derive(Default)]
+struct Pods {
+    by_uid: HashMap<Arc<str>, Arc<Pod>>,
+    enrolled: Arc<Enrolled>,
+}
+
+impl Mesh {
+    pub fn new(snapshot: Snapshot) -> Self {
+        Self {
+            snapshot: ArcSwap::from_pointee(snapshot),
+            pods: ArcSwap::from_pointee(Pods::default()),
+            published: watch::Sender::new(0),
+        }
+    }
+
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.load_full()
+    }
+
+    pub fn enrolled(&self) -> Arc<Enrolled> {
+        self.pods.load().enrolled.clone()
+    }
+
+    pub fn pod(&self, uid: &str) -> Option<Arc<Pod>> {
+        self.pods.load().by_uid.get(uid).cloned()
+    }
+
+    pub fn pods(&self) -> Vec<Arc<Pod>> {
+        self.pods.load().by_uid.values().cloned().collect()
+    }
+
+    /// Makes `next` what every following decision looks at.
+    pub fn publish(&self, next: Snapshot) {
+        self.snapshot.store(Arc::new(next));
+        self.published.send_modify(|count| *count += 1);
+    }
+
+    /// Makes `pods` the enrolled ones.
+    pub fn set_pods(&self, pods: impl IntoIterator<Item = Arc<Pod>>) {
+        let by_uid: HashMap<_, _> = pods.into_iter().map(|pod| (pod.uid.clone(), pod)).collect();
+        let enrolled = Arc::new(by_uid.keys().cloned().collect());
+        self.pods.store(Arc::new(Pods { by_uid, enrolled }));
+        self.published.send_modify(|count| *count += 1);
+    }
+
+    /// Sees each publication after this call.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.published.subscribe()
+    }
+}

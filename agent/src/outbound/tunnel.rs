@@ -1,0 +1,230 @@
+//! Connections that leave through HBONE: to a workload, a waypoint or a network gateway.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use culvert_core::addr::HboneAddr;
+use culvert_core::identity::Identity;
+use culvert_core::route::Tunnel;
+use culvert_core::workload::Workload;
+use http::StatusCode;
+
+use super::Captured;
+use crate::accept::{reset, tune};
+use crate::ca::CaError;
+use crate::connections::{Direction, LiveConnection, Protocol};
+use crate::dial;
+use crate::hbone::client::{Accepted, RequestError};
+use crate::hbone::headers::{Baggage, ConnectHeaders, Forwarded, TraceParent};
+use crate::hbone::pool::ConnectError;
+use crate::hbone::{HboneStream, PoolKey};
+use crate::node::Node;
+use crate::pods::Pod;
+use crate::relay;
+use crate::session::{self, DENIED_BY, Ends};
+use crate::telemetry::{ConnectionContext, Failure, Reporter, ResponseFlag};
+use crate::tls::{self, ClientStream, TlsError, WorkloadCertificate};
+
+pub(super) async fn carry(captured: Captured<'_>, tunnel: Tunnel, next_hop: Arc<Workload>) {
+    let Captured { node, pod, tcp, client, original, source, service, drain } = captured;
+    let identity = source.identity();
+    let hostname = service.as_ref().map(|service| service.hostname.clone());
+    let open = node.telemetry.open(ConnectionContext {
+        reporter: Reporter::Source,
+        source: Some(source.clone()),
+        source_identity: Some(identity.clone()),
+        baggage: None,
+        destination: Some(next_hop.clone()),
+        destination_identity: None,
+        service,
+        src: client.addr(),
+        dst: tunnel.via.addr(),
+        hbone_addr: Some(tunnel.authority.clone()),
+        mutual_tls: true,
+    });
+    let guard = node.connections.register(LiveConnection {
+        direction: Direction::Outbound,
+        protocol: match tunnel.inner {
+            Some(_) => Protocol::DoubleHbone,
+            None => Protocol::Hbone,
+        },
+        src: client.addr(),
+        original_dst: Some(original.to_string()),
+        actual_dst: tunnel.via.addr(),
+        workload: pod.uid.clone(),
+        connection: None,
+        source_identity: Some(identity.clone()),
+        destination_identity: Some(next_hop.identity()),
+        service: hostname.clone(),
+        counters: open.counters(),
+    });
+    let caller = Caller { node, pod, source: &source, identity, client: client.addr(), hostname };
+    let stream = match caller.open(&tunnel).await {
+        Ok(stream) => stream,
+        Err(error) => {
+            reset(tcp);
+            return open.close(Err(error.into()));
+        }
+    };
+    let closing = Ends::of(&guard, drain, pod);
+    let counters = open.counters();
+    let relayed = relay::tcp_hbone(tcp, stream, &*counters, closing.wait()).await;
+    open.close(session::outcome(relayed));
+}
+
+/// Who opens a tunnel, and for what.
+struct Caller<'a> {
+    node: &'a Arc<Node>,
+    pod: &'a Arc<Pod>,
+    source: &'a Workload,
+    identity: Identity,
+    client: SocketAddr,
+    hostname: Option<Arc<str>>,
+}
+
+impl Caller<'_> {
+    async fn open(&self, tunnel: &Tunnel) -> Result<HboneStream, TunnelError> {
+        // Even with a tunnel at hand, a pod without a valid certificate sends nothing.
+        let certificate = self.node.certificates.fetch(&self.identity).await;
+        let certificate = certificate.map_err(TunnelError::Identity)?;
+        let key = PoolKey {
+            source: self.identity.clone(),
+            expect: tunnel.expect.clone(),
+            next_hop: tunnel.via,
+            source_ip: self.client.ip(),
+        };
+        let headers = self.headers(tunnel, None);
+        let dial = || self.dial(tunnel.via, &tunnel.expect, &certificate);
+        let accepted = self.pod.pool.connect(&key, &headers, dial).await?;
+        match &tunnel.inner {
+            None => Ok(accepted.stream),
+            Some(inner) => self.open_inner(inner, accepted.stream, &certificate).await,
+        }
+    }
+
+    /// One TLS and HTTP/2 connection per user connection, within the byte stream of the outer one:
+    /// the far end balances load by connection.
+    async fn open_inner(
+        &self,
+        tunnel: &Tunnel,
+        outer: HboneStream,
+        certificate: &WorkloadCertificate,
+    ) -> Result<HboneStream, TunnelError> {
+        let outer = crate::hbone::HboneIo::new(outer);
+        let limit = tls::HANDSHAKE_LIMIT;
+        let secured = tls::connect(outer, certificate, &tunnel.expect, limit).await;
+        let secured = secured.map_err(DialError::Tls)?;
+        let settings = &self.node.tunnels;
+        let (connection, driver) = crate::hbone::client::handshake(secured, settings)
+            .await
+            .map_err(|error| TunnelError::Tunnel(error.to_string()))?;
+        tokio::spawn(driver);
+        let network = self.node.network.clone();
+        let request = self.headers(tunnel, Some(network)).request();
+        let request = request.map_err(|error| TunnelError::Tunnel(error.to_string()))?;
+        let Accepted { stream, .. } = connection.connect(request).await?;
+        Ok(stream)
+    }
+
+    fn headers(&self, tunnel: &Tunnel, network: Option<Arc<str>>) -> ConnectHeaders {
+        ConnectHeaders {
+            authority: tunnel.authority.clone(),
+            baggage: Baggage::of(self.source),
+            forwarded: Forwarded { client: self.client, host: self.hostname.clone() },
+            traceparent: TraceParent::random(&mut rand::rng()),
+            x_forwarded_network: network,
+        }
+    }
+
+    async fn dial(
+        &self,
+        via: HboneAddr,
+        expect: &[Identity],
+        certificate: &WorkloadCertificate,
+    ) -> Result<ClientStream, DialError> {
+        // Waypoints judge by the source address: it is the client's where the families agree.
+        let source = Some(self.client.ip()).filter(|ip| ip.is_ipv4() == via.ip().is_ipv4());
+        let (netns, capture) = (&self.pod.netns, &self.node.capture);
+        let tcp = dial::dial_out(netns, capture, source, via.addr()).await;
+        let tcp = tcp.map_err(DialError::Tcp)?;
+        tune(&tcp, self.node.keepalive);
+        tls::connect(tcp, certificate, expect, tls::HANDSHAKE_LIMIT).await.map_err(DialError::Tls)
+    }
+}
+
+/// Why there is no connection to the next hop.
+#[derive(Debug, thiserror::Error)]
+enum DialError {
+    #[error("{0}")]
+    Tcp(io::Error),
+    #[error("{0}")]
+    Tls(TlsError),
+}
+
+/// Why a connection does not get its tunnel.
+#[derive(Debug, thiserror::Error)]
+enum TunnelError {
+    #[error("identity error: {0}")]
+    Identity(Arc<CaError>),
+    #[error(
+        "connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: {0}"
+    )]
+    TimedOut(io::Error),
+    #[error("io error: {0}")]
+    Io(#[from] DialError),
+    #[error("tls error: {0}")]
+    TlsSetUp(TlsError),
+    #[error("http status: {status}{reason}")]
+    Status { status: StatusCode, reason: String },
+    #[error("{0}")]
+    Tunnel(String),
+}
+
+impl From<ConnectError<DialError>> for TunnelError {
+    fn from(error: ConnectError<DialError>) -> Self {
+        match error {
+            ConnectError::Dial(DialError::Tcp(error)) if error.kind() == io::ErrorKind::TimedOut => {
+                TunnelError::TimedOut(error)
+            }
+            ConnectError::Dial(DialError::Tls(error @ TlsError::Own { .. })) => {
+                TunnelError::TlsSetUp(error)
+            }
+            ConnectError::Dial(error) => TunnelError::Io(error),
+            ConnectError::Request(error) => error.into(),
+            error @ (ConnectError::Handshake(_)
+            | ConnectError::Invalid(_)
+            | ConnectError::Closed) => TunnelError::Tunnel(error.to_string()),
+        }
+    }
+}
+
+impl From<RequestError> for TunnelError {
+    fn from(error: RequestError) -> Self {
+        match error {
+            RequestError::Refused { status, headers } => {
+                let told = headers.get(DENIED_BY).and_then(|reason| reason.to_str().ok());
+                let reason = told.map_or(String::new(), |told| {
+                    format!(", {}", told.chars().take(256).collect::<String>())
+                });
+                TunnelError::Status { status, reason }
+            }
+            error @ (RequestError::Unprocessed(_) | RequestError::Failed(_)) => {
+                TunnelError::Tunnel(error.to_string())
+            }
+        }
+    }
+}
+
+impl From<TunnelError> for Failure {
+    fn from(error: TunnelError) -> Failure {
+        let flag = match &error {
+            TunnelError::Identity(_) => ResponseFlag::IdentityError,
+            TunnelError::TimedOut(_) => ResponseFlag::NetworkPolicy,
+            TunnelError::TlsSetUp(_) => ResponseFlag::TlsFailure,
+            TunnelError::Tunnel(_) => ResponseFlag::H2HandshakeFailure,
+            TunnelError::Io(_) | TunnelError::Status { .. } => ResponseFlag::Connect,
+        };
+        Failure::new(flag, error.to_string())
+    }
+}

@@ -1,0 +1,224 @@
+//! Between TCP and an HBONE stream.
+//!
+//! Both directions live in one task: a message costs one wake-up less than with two, and a reset on
+//! either side ends both at once.
+
+use std::future::Future;
+use std::io::{self, IoSlice};
+use std::pin::pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use h2::Reason;
+use tokio::net::TcpStream;
+
+use super::scratch;
+use super::tcp::{self, Tcp};
+use crate::hbone::{HboneStream, StreamError};
+
+/// The largest DATA frame sent. Larger ones gain little, and delay other streams' small messages
+/// that wait behind them.
+const CHUNK: usize = 64 << 10;
+
+/// Reads into the scratch buffer up to this; a full one turns to bulk reads.
+const SMALL: usize = 16 << 10;
+
+/// Bulk reads cut their chunks from blocks of this size.
+const BLOCK: usize = 256 << 10;
+
+/// Chunks that one direction may move before others get their turn.
+const TURN: usize = 16;
+
+/// Chunks written with one system call.
+const SLICES: usize = 16;
+
+pub(super) enum End<C> {
+    Tcp(io::Error),
+    Tunnel(StreamError),
+    Closed(C),
+}
+
+enum Side {
+    Tcp(io::Error),
+    Tunnel(StreamError),
+}
+
+/// Relays until both directions have finished or one has failed. `upload` counts bytes that went
+/// into the tunnel, `download` those that came out.
+pub(super) async fn relay<C>(
+    tcp: TcpStream,
+    stream: HboneStream,
+    upload: impl Fn(u64),
+    download: impl Fn(u64),
+    closing: impl Future<Output = C>,
+) -> Result<(), End<C>> {
+    let tcp = Tcp::new(tcp);
+    let mut relay = Relay {
+        tcp: tcp.stream(),
+        stream,
+        upload,
+        download,
+        uploading: true,
+        downloading: true,
+        block: BytesMut::new(),
+        bulk: false,
+    };
+    let mut closing = pin!(closing);
+    let mut broken = pin!(tcp::broken(tcp.stream()));
+    let result = std::future::poll_fn(|cx| {
+        if let Poll::Ready(reason) = closing.as_mut().poll(cx) {
+            return Poll::Ready(Err(End::Closed(reason)));
+        }
+        match relay.poll(cx) {
+            Poll::Ready(Err(Side::Tcp(error))) => return Poll::Ready(Err(End::Tcp(error))),
+            Poll::Ready(Err(Side::Tunnel(error))) => return Poll::Ready(Err(End::Tunnel(error))),
+            Poll::Ready(Ok(())) => return Poll::Ready(Ok(())),
+            Poll::Pending => {}
+        }
+        broken.as_mut().poll(cx).map(|error| Err(End::Tcp(error)))
+    })
+    .await;
+    match &result {
+        Ok(()) => tcp.finished(),
+        Err(End::Tcp(_)) => relay.stream.reset(Reason::CONNECT_ERROR),
+        Err(End::Closed(_)) => relay.stream.reset(Reason::CANCEL),
+        Err(End::Tunnel(_)) => {}
+    }
+    result
+}
+
+struct Relay<'a, U, D> {
+    tcp: &'a TcpStream,
+    stream: HboneStream,
+    upload: U,
+    download: D,
+    uploading: bool,
+    downloading: bool,
+    block: BytesMut,
+    bulk: bool,
+}
+
+impl<U: Fn(u64), D: Fn(u64)> Relay<'_, U, D> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Side>> {
+        if self.downloading {
+            if let Poll::Ready(result) = self.poll_download(cx) {
+                result?;
+                self.downloading = false;
+            }
+        }
+        if self.uploading {
+            if let Poll::Ready(result) = self.poll_upload(cx) {
+                result?;
+                self.uploading = false;
+            }
+        }
+        if self.uploading || self.downloading { Poll::Pending } else { Poll::Ready(Ok(())) }
+    }
+
+    fn poll_upload(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Side>> {
+        for _ in 0..TURN {
+            let readable = self.tcp.poll_read_ready(cx).map_err(Side::Tcp)?;
+            if readable.is_pending() {
+                self.block = BytesMut::new();
+                self.bulk = false;
+                return self.poll_reset_while_idle(cx);
+            }
+            let wanted = if self.bulk { CHUNK } else { SMALL };
+            let allowed = match ready!(self.stream.poll_sendable(cx, wanted)) {
+                Ok(allowed) => allowed,
+                Err(error) => return Poll::Ready(self.upload_failure(error)),
+            };
+            let data = match self.read(allowed) {
+                Ok(data) => data,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.stream.forgo_sending();
+                    continue;
+                }
+                Err(error) => return Poll::Ready(Err(Side::Tcp(error))),
+            };
+            let count = data.len();
+            let sent = if count == 0 { self.stream.finish() } else { self.stream.send(data) };
+            if let Err(error) = sent {
+                return Poll::Ready(self.upload_failure(error));
+            }
+            if count == 0 {
+                return Poll::Ready(Ok(()));
+            }
+            (self.upload)(count as u64);
+            if count < allowed {
+                self.stream.forgo_sending();
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Empty at the end of the application's data.
+    fn read(&mut self, allowed: usize) -> io::Result<Bytes> {
+        if !self.bulk {
+            return scratch::with(|buffer| {
+                let buffer = buffer.get_mut(..allowed.min(SMALL)).unwrap_or_default();
+                let count = tcp::read(self.tcp, buffer)?;
+                self.bulk = count == SMALL;
+                Ok(Bytes::copy_from_slice(buffer.get(..count).unwrap_or_default()))
+            });
+        }
+        if self.block.capacity() < CHUNK {
+            self.block.reserve(BLOCK);
+        }
+        let count = self.tcp.try_read_buf(&mut (&mut self.block).limit(allowed))?;
+        self.bulk = count >= SMALL;
+        Ok(self.block.split_to(count).freeze())
+    }
+
+    /// The receiving direction reports a reset by itself, until it has finished.
+    fn poll_reset_while_idle(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Side>> {
+        if !self.stream.is_receiving_finished() {
+            return Poll::Pending;
+        }
+        let error = ready!(self.stream.poll_peer_reset(cx));
+        Poll::Ready(self.upload_failure(error))
+    }
+
+    /// A peer that has sent all it had may say that it needs no more from us (RFC 9113 section
+    /// 8.1). The application notices when it writes to a closed connection.
+    fn upload_failure(&self, error: StreamError) -> Result<(), Side> {
+        match error {
+            StreamError::Reset(Reason::NO_ERROR) if self.stream.is_receiving_finished() => Ok(()),
+            error => Err(Side::Tunnel(error)),
+        }
+    }
+
+    fn poll_download(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Side>> {
+        for _ in 0..TURN {
+            // Taken in also while the application is slow, to learn of a reset.
+            let end = self.stream.poll_fill(cx);
+            if !self.stream.has_received() {
+                ready!(end).map_err(Side::Tunnel)?;
+                return Poll::Ready(match tcp::shutdown_write(self.tcp) {
+                    Err(error) if error.kind() != io::ErrorKind::NotConnected => {
+                        Err(Side::Tcp(error))
+                    }
+                    _ => Ok(()),
+                });
+            }
+            let mut slices = [IoSlice::new(&[]); SLICES];
+            let filled = self.stream.received(&mut slices);
+            match self.tcp.try_write_vectored(slices.get(..filled).unwrap_or_default()) {
+                Ok(count) => {
+                    self.stream.consume(count);
+                    (self.download)(count as u64);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if let Poll::Ready(Err(error)) = end {
+                        return Poll::Ready(Err(Side::Tunnel(error)));
+                    }
+                    ready!(self.tcp.poll_write_ready(cx)).map_err(Side::Tcp)?;
+                }
+                Err(error) => return Poll::Ready(Err(Side::Tcp(error))),
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}

@@ -1,0 +1,96 @@
+//! What every relayed connection shares: what may end it early, and how its end is told.
+
+use std::io;
+
+use culvert_core::admit::Admission;
+use culvert_core::authorize::Denied;
+use http::{HeaderMap, HeaderName, HeaderValue};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+
+use crate::connections::{CloseReason, Guard};
+use crate::dial;
+use crate::drain::DrainWatch;
+use crate::pods::Pod;
+use crate::relay::{Counters, RelayError};
+use crate::telemetry::{ByteCounters, Failure, ResponseFlag};
+
+/// Header of a 401 that names the policy and rule that decided.
+pub const DENIED_BY: HeaderName = HeaderName::from_static("x-culvert-denied-by");
+
+/// The headers of a 401.
+pub fn denied_headers(denied: &Denied) -> HeaderMap {
+    let text = match denied.rule() {
+        Some(rule) => format!("{denied}, rule {rule}"),
+        None => denied.to_string(),
+    };
+    let value = HeaderValue::from_str(&text);
+    value.into_iter().map(|value| (DENIED_BY, value)).collect()
+}
+
+/// The connection to the application, which has been told first what it is to be told.
+pub async fn deliver(pod: &Pod, admission: &Admission) -> io::Result<TcpStream> {
+    let to = admission.to.addr();
+    let mut server = dial::dial_application(&pod.netns, to, admission.from).await?;
+    if let Some(header) = &admission.proxy {
+        server.write_all(&header.to_bytes()).await?;
+    }
+    Ok(server)
+}
+
+/// All that may end a relayed connection before its own end.
+pub struct Ends<'a> {
+    guard: &'a Guard,
+    drain: DrainWatch,
+    pod: &'a Pod,
+}
+
+impl<'a> Ends<'a> {
+    pub fn of(guard: &'a Guard, drain: DrainWatch, pod: &'a Pod) -> Self {
+        Self { guard, drain, pod }
+    }
+
+    pub async fn wait(mut self) -> CloseReason {
+        tokio::select! {
+            reason = self.guard.closed() => reason,
+            () = self.drain.expired() => CloseReason::Drain,
+            () = self.pod.is_gone() => CloseReason::PodGone,
+        }
+    }
+}
+
+/// How the end of a relay is told. An endpoint that resets its connection is no failure of ours.
+pub fn outcome(relayed: Result<(), RelayError<CloseReason>>) -> Result<(), Failure> {
+    match relayed {
+        Ok(()) => Ok(()),
+        Err(RelayError::Closed(reason)) => Err(reason.into()),
+        Err(error) if error.is_reset() => Ok(()),
+        Err(error) => Err(Failure::new(ResponseFlag::Connect, error.to_string())),
+    }
+}
+
+impl Counters for ByteCounters {
+    fn received(&self, bytes: u64) {
+        self.add_received(bytes);
+    }
+
+    fn sent(&self, bytes: u64) {
+        self.add_sent(bytes);
+    }
+}
+
+/// Counts for both reporters of a connection that stays on this node.
+#[derive(Debug)]
+pub struct Both<'a>(pub &'a ByteCounters, pub &'a ByteCounters);
+
+impl Counters for Both<'_> {
+    fn received(&self, bytes: u64) {
+        self.0.add_received(bytes);
+        self.1.add_received(bytes);
+    }
+
+    fn sent(&self, bytes: u64) {
+        self.0.add_sent(bytes);
+        self.1.add_sent(bytes);
+    }
+}

@@ -1,0 +1,231 @@
+//! The two forms of a log line: tab-separated columns for people, JSON for programs.
+
+use std::fmt;
+use std::fmt::Write;
+use std::str::FromStr;
+
+use time::OffsetDateTime;
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
+use super::directives::OWN;
+
+/// `LOG_FORMAT`
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogFormat {
+    /// `<time>\t<level>\t<scope>\t<message>\t<fields>`
+    #[default]
+    Plain,
+    /// One object per line, with the same fields under the same names.
+    Json,
+}
+
+/// A log format that is neither `plain` nor `json`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("log format {0:?} is neither plain nor json")]
+pub struct UnknownLogFormat(String);
+
+impl FromStr for LogFormat {
+    type Err = UnknownLogFormat;
+
+    fn from_str(text: &str) -> Result<Self, UnknownLogFormat> {
+        match text {
+            "plain" => Ok(LogFormat::Plain),
+            "json" => Ok(LogFormat::Json),
+            _ => Err(UnknownLogFormat(text.chars().take(64).collect())),
+        }
+    }
+}
+
+impl<S, N> FormatEvent<S, N> for LogFormat
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        _spans: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let head = Head {
+            time: Now(OffsetDateTime::now_utc()),
+            level: level(*event.metadata().level()),
+            scope: scope(event.metadata().target()),
+        };
+        match self {
+            LogFormat::Plain => plain(&head, event, &mut writer),
+            LogFormat::Json => json(&head, event, &mut writer),
+        }?;
+        writer.write_char('\n')
+    }
+}
+
+struct Head<'a> {
+    time: Now,
+    level: &'static str,
+    scope: &'a str,
+}
+
+/// RFC 3339 in UTC with microseconds.
+struct Now(OffsetDateTime);
+
+impl fmt::Display for Now {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (year, month, day) = self.0.to_calendar_date();
+        let (hour, minute, second, micro) = self.0.time().as_hms_micro();
+        let month = u8::from(month);
+        write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micro:06}Z")
+    }
+}
+
+fn level(level: Level) -> &'static str {
+    match level {
+        Level::ERROR => "error",
+        Level::WARN => "warn",
+        Level::INFO => "info",
+        Level::DEBUG => "debug",
+        Level::TRACE => "trace",
+    }
+}
+
+fn scope(target: &str) -> &str {
+    target.strip_prefix(OWN).unwrap_or(target)
+}
+
+fn plain(head: &Head, event: &Event, writer: &mut Writer) -> fmt::Result {
+    let Head { time, level, scope } = head;
+    write!(writer, "{time}\t{level}\t{scope}\t")?;
+    let mut message = PlainMessage { writer, result: Ok(()) };
+    event.record(&mut message);
+    message.result?;
+    let mut fields = PlainFields { writer, first: true, result: Ok(()) };
+    event.record(&mut fields);
+    fields.result
+}
+
+const MESSAGE: &str = "message";
+
+/// Writes the message only, whatever its place among the fields.
+struct PlainMessage<'a, 'w> {
+    writer: &'a mut Writer<'w>,
+    result: fmt::Result,
+}
+
+impl Visit for PlainMessage<'_, '_> {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() == MESSAGE && self.result.is_ok() {
+            self.result = write!(OneLine(self.writer), "{value:?}");
+        }
+    }
+}
+
+/// Writes `key=value` of all fields but the message.
+struct PlainFields<'a, 'w> {
+    writer: &'a mut Writer<'w>,
+    first: bool,
+    result: fmt::Result,
+}
+
+impl PlainFields<'_, '_> {
+    fn write(&mut self, field: &Field, value: fmt::Arguments<'_>) {
+        if field.name() == MESSAGE || self.result.is_err() {
+            return;
+        }
+        let separator = if std::mem::take(&mut self.first) { '\t' } else { ' ' };
+        self.result = write!(self.writer, "{separator}{}=", field.name())
+            .and_then(|()| OneLine(self.writer).write_fmt(value));
+    }
+}
+
+impl Visit for PlainFields<'_, '_> {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.write(field, format_args!("{value:?}"));
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.write(field, format_args!("{value:?}"));
+    }
+}
+
+/// Escapes control characters, so that no value from elsewhere can begin a line of its own.
+struct OneLine<'a, 'w>(&'a mut Writer<'w>);
+
+impl fmt::Write for OneLine<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        // Bytes of which control characters are made: C0, DEL, and the lead byte of C1.
+        if !text.bytes().any(|byte| byte < 0x20 || byte == 0x7f || byte == 0xc2) {
+            return self.0.write_str(text);
+        }
+        let mut rest = text;
+        while let Some((start, control)) = rest.char_indices().find(|(_, c)| c.is_control()) {
+            let (clean, tail) = rest.split_at(start);
+            self.0.write_str(clean)?;
+            write!(self.0, "{}", control.escape_default())?;
+            rest = tail.strip_prefix(control).unwrap_or_default();
+        }
+        self.0.write_str(rest)
+    }
+}
+
+fn json(head: &Head, event: &Event, writer: &mut Writer) -> fmt::Result {
+    let Head { time, level, scope } = head;
+    write!(writer, "{{\"level\":\"{level}\",\"time\":\"{time}\",\"scope\":{}", quoted(scope)?)?;
+    // The message comes before the fields, whatever its place among them.
+    for message in [true, false] {
+        let mut fields = JsonFields { writer, message, result: Ok(()) };
+        event.record(&mut fields);
+        fields.result?;
+    }
+    writer.write_char('}')
+}
+
+/// Writes either the message or all fields but the message.
+struct JsonFields<'a, 'w> {
+    writer: &'a mut Writer<'w>,
+    message: bool,
+    result: fmt::Result,
+}
+
+impl JsonFields<'_, '_> {
+    fn write(&mut self, field: &Field, value: impl FnOnce() -> Result<String, fmt::Error>) {
+        if (field.name() == MESSAGE) == self.message && self.result.is_ok() {
+            self.result =
+                quoted(field.name()).and_then(|name| write!(self.writer, ",{name}:{}", value()?));
+        }
+    }
+}
+
+impl Visit for JsonFields<'_, '_> {
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.write(field, || Ok(value.to_string()));
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.write(field, || Ok(value.to_string()));
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.write(field, || Ok(value.to_string()));
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        // What is not finite has no number in JSON and becomes null.
+        self.write(field, || serde_json::to_string(&value).map_err(|_| fmt::Error));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.write(field, || quoted(value));
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.write(field, || quoted(&format!("{value:?}")));
+    }
+}
+
+fn quoted(text: &str) -> Result<String, fmt::Error> {
+    serde_json::to_string(text).map_err(|_| fmt::Error)
+}

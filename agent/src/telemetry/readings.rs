@@ -1,0 +1,178 @@
+//! Culvert's own metrics that other rooms keep: read from them when asked for.
+
+use std::fmt;
+use std::time::SystemTime;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
+use prometheus_client::metrics::MetricType;
+
+use super::encode::{counter, gauge};
+
+/// What the kernel programs counted since they were loaded.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KernelReading {
+    /// Connections handed to the agent.
+    pub captured: u64,
+    /// Connections left to go their plain way.
+    pub passed: u64,
+    /// Connections refused in the kernel.
+    pub refused: u64,
+    /// Entries in each flow map, by its name.
+    pub flow_entries: Vec<(String, u64)>,
+}
+
+/// The state of a source of the mesh's configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceReading {
+    /// `file`, `xds`.
+    pub kind: &'static str,
+    /// When it was last taken over in full; `None` before the first time.
+    pub loaded: Option<SystemTime>,
+    pub loads: u64,
+    pub errors: u64,
+}
+
+/// A certificate in use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CertificateReading {
+    pub identity: String,
+    pub not_before: SystemTime,
+    pub not_after: SystemTime,
+}
+
+/// The tunnels to peers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TunnelReading {
+    /// TLS connections open in the pools.
+    pub connections: u64,
+    /// Streams open on them.
+    pub streams: u64,
+}
+
+/// Families that a callback fills at each reading.
+pub(super) struct Readings<F>(pub(super) F);
+
+impl<F> fmt::Debug for Readings<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Readings")
+    }
+}
+
+/// How a reading becomes samples.
+pub(super) trait Reading {
+    fn encode(self, encoder: DescriptorEncoder) -> Result<(), fmt::Error>;
+}
+
+impl<F, R> Collector for Readings<F>
+where
+    F: Fn() -> R + Send + Sync + 'static,
+    R: Reading,
+{
+    fn encode(&self, encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
+        (self.0)().encode(encoder)
+    }
+}
+
+impl Reading for KernelReading {
+    fn encode(self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
+        let mut family = encoder.encode_descriptor(
+            "culvert_kernel_connections",
+            "New connections of enrolled pods, by what the kernel programs did with them",
+            None,
+            MetricType::Counter,
+        )?;
+        for (result, count) in
+            [("captured", self.captured), ("passed", self.passed), ("refused", self.refused)]
+        {
+            counter(&mut family, &[("result", result)], count)?;
+        }
+        let mut family = encoder.encode_descriptor(
+            "culvert_kernel_flow_entries",
+            "Entries in the kernel's flow maps",
+            None,
+            MetricType::Gauge,
+        )?;
+        for (map, entries) in &self.flow_entries {
+            gauge(&mut family, &[("map", map.as_str())], *entries)?;
+        }
+        Ok(())
+    }
+}
+
+impl Reading for SourceReading {
+    fn encode(self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
+        let labels = [("kind", self.kind)];
+        if let Some(loaded) = self.loaded {
+            let mut family = encoder.encode_descriptor(
+                "culvert_source_age_seconds",
+                "Time since the configuration was last taken over in full",
+                None,
+                MetricType::Gauge,
+            )?;
+            gauge(&mut family, &labels, seconds_between(loaded, SystemTime::now()))?;
+        }
+        for (name, help, count) in [
+            ("culvert_source_loads", "Configurations taken over", self.loads),
+            ("culvert_source_errors", "Configurations refused or not readable", self.errors),
+        ] {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            counter(&mut family, &labels, count)?;
+        }
+        Ok(())
+    }
+}
+
+impl Reading for Vec<CertificateReading> {
+    fn encode(self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
+        let now = SystemTime::now();
+        let mut family = |name, help, seconds: &dyn Fn(&CertificateReading) -> f64| {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            self.iter().try_for_each(|certificate| {
+                let labels = [("identity", certificate.identity.as_str())];
+                gauge(&mut family, &labels, seconds(certificate))
+            })
+        };
+        family("culvert_certificate_age_seconds", "Age of a workload certificate", &|c| {
+            seconds_between(c.not_before, now)
+        })?;
+        family(
+            "culvert_certificate_expires_in_seconds",
+            "Time until a workload certificate ends, negative afterwards",
+            &|c| seconds_between(now, c.not_after),
+        )
+    }
+}
+
+impl Reading for TunnelReading {
+    fn encode(self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
+        for (name, help, value) in [
+            ("culvert_tunnel_connections", "TLS connections in the pools", self.connections),
+            ("culvert_tunnel_streams", "Streams on pooled connections", self.streams),
+        ] {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            family.encode_gauge(&value)?;
+        }
+        Ok(())
+    }
+}
+
+/// Lines that the log writer had to drop.
+pub(super) struct DroppedLines(pub(super) u64);
+
+impl Reading for DroppedLines {
+    fn encode(self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
+        let help = "Log lines dropped because the log was not read fast enough";
+        let name = "culvert_log_lines_dropped";
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        counter::<[(&str, &str); 0], _>(&mut family, &[], self.0)
+    }
+}
+
+/// Negative when `later` is before `earlier`.
+fn seconds_between(earlier: SystemTime, later: SystemTime) -> f64 {
+    match later.duration_since(earlier) {
+        Ok(elapsed) => elapsed.as_secs_f64(),
+        Err(reversed) => -reversed.duration().as_secs_f64(),
+    }
+}

@@ -1,0 +1,27 @@
+//! Connections from an IPv6 socket, also to an IPv4-mapped destination.
+
+use aya_ebpf::macros::cgroup_sock_addr;
+use aya_ebpf::programs::SockAddrContext;
+use culvert_abi::OUTBOUND_PORT;
+
+use crate::connect::{Connect, connect};
+use crate::context;
+
+/// `BPF_CGROUP_INET6_CONNECT`: 1 lets the call go on, 0 fails it.
+#[cgroup_sock_addr(connect6)]
+pub fn cv_connect6(ctx: SockAddrContext) -> i32 {
+    let addr = ctx.sock_addr;
+    // SAFETY: `addr` is the context, and this program is for IPv6.
+    match connect(&ctx, unsafe { context::address6(addr) }) {
+        Connect::Untouched => 1,
+        Connect::Refused => 0,
+        Connect::Captured(target) => {
+            // SAFETY: as above.
+            unsafe {
+                context::set_words6(addr, target.words());
+                context::set_port(addr, OUTBOUND_PORT);
+            }
+            1
+        }
+    }
+}

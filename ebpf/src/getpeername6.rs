@@ -1,0 +1,27 @@
+//! Tells an application with an IPv6 socket the destination it connected to, not the agent.
+
+use aya_ebpf::macros::cgroup_sock_addr;
+use aya_ebpf::programs::SockAddrContext;
+use culvert_abi::{OUTBOUND_PORT, SocketRole};
+
+use crate::{context, socket};
+
+/// `BPF_CGROUP_INET6_GETPEERNAME` (Linux 5.8); always 1.
+#[cgroup_sock_addr(getpeername6)]
+pub fn cv_getpeername6(ctx: SockAddrContext) -> i32 {
+    let addr = ctx.sock_addr;
+    // SAFETY: `addr` is the context, this program is for IPv6, and the state is the socket's own.
+    unsafe {
+        let sk = (*addr).__bindgen_anon_1.sk;
+        if sk.is_null() || context::port(addr) != OUTBOUND_PORT as u32 {
+            return 1;
+        }
+        if let Some(state) = socket::state(sk.cast())
+            && socket::is(state, SocketRole::Captured)
+        {
+            context::set_words6(addr, (*state).original.words());
+            context::set_port(addr, (*state).port as u16);
+        }
+    }
+    1
+}

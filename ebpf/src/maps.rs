@@ -1,0 +1,65 @@
+//! The maps, and the constants that the agent sets when it loads the programs.
+
+use aya_ebpf::Global;
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::btf_maps::{Array, HashMap, HashOfMaps, LpmTrie, PerCpuArray, SkStorage, SockHash};
+use aya_ebpf::macros::btf_map;
+use culvert_abi::{
+    Abi, Address, Counts, ExcludedNet, ExcludedPort, Flow, FlowKey, ListenerKey, MAX_FLOWS_PER_POD,
+    MAX_PROBES, Pod, Probe, SocketState,
+};
+
+/// A table that takes memory only for what it holds.
+type SparseMap<K, V, const MAX: usize> = HashMap<K, V, MAX, { BPF_F_NO_PREALLOC as usize }>;
+/// One pod's flows; see [`FLOWS`].
+type Flows = SparseMap<FlowKey, Flow, MAX_FLOWS_PER_POD>;
+
+// The sizes that depend on the number of pods are set by the agent; those here are for one pod.
+
+/// Tells a later agent whether it may keep these maps; no program reads it.
+#[btf_map(name = "cv_abi")]
+static ABI: Array<Abi, 1> = Array::new();
+
+#[btf_map(name = "cv_pods")]
+pub static PODS: HashMap<u64, Pod, 1> = HashMap::new();
+
+#[btf_map(name = "cv_addresses")]
+pub static ADDRESSES: SparseMap<Address, u64, 1> = HashMap::new();
+
+#[btf_map(name = "cv_excl_ports")]
+pub static EXCLUDED_PORTS: SparseMap<ExcludedPort, u32, 1> = HashMap::new();
+
+#[btf_map(name = "cv_excl_nets")]
+pub static EXCLUDED_NETS: LpmTrie<ExcludedNet, u32, 1> = LpmTrie::new();
+
+#[btf_map(name = "cv_sockets")]
+pub static SOCKETS: SkStorage<SocketState> = SkStorage::new();
+
+/// Each pod has a table of its own, so that none can fill another's.
+#[btf_map(name = "cv_pod_flows")]
+pub static POD_FLOWS: HashOfMaps<u64, Flows, 1> = HashOfMaps::new();
+
+/// The table that the agent puts into [`POD_FLOWS`]: loading the programs for one pod makes it.
+#[btf_map(name = "cv_flows")]
+static FLOWS: Flows = HashMap::new();
+
+#[btf_map(name = "cv_probes")]
+pub static PROBES: SparseMap<Probe, u32, MAX_PROBES> = HashMap::new();
+
+#[btf_map(name = "cv_listeners")]
+pub static LISTENERS: SockHash<ListenerKey, 3> = SockHash::new();
+
+#[btf_map(name = "cv_counts")]
+pub static COUNTS: PerCpuArray<Counts, 1> = PerCpuArray::new();
+
+#[unsafe(no_mangle)]
+pub static NODE_NETNS: Global<u64> = Global::new(0);
+
+#[unsafe(no_mangle)]
+pub static POD_NETNS: Global<u64> = Global::new(0);
+
+#[unsafe(no_mangle)]
+pub static HAVE_SET_RETVAL: Global<u8> = Global::new(0);
+
+#[unsafe(no_mangle)]
+pub static HAVE_MPTCP: Global<u8> = Global::new(0);

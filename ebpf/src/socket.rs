@@ -1,0 +1,56 @@
+//! What is kept on a socket, in its own storage.
+
+use core::ffi::c_void;
+use core::ptr;
+
+use aya_ebpf::bindings::BPF_SK_STORAGE_GET_F_CREATE;
+use aya_ebpf::helpers::generated::bpf_sk_storage_get;
+use culvert_abi::{SocketRole, SocketState};
+
+use crate::maps::SOCKETS;
+
+/// The library's own accessor takes only the context of a socket address program.
+#[inline(always)]
+fn map() -> *mut c_void {
+    ptr::from_ref(&SOCKETS).cast_mut().cast()
+}
+
+/// What is known of a socket, if anything.
+///
+/// # Safety
+/// `sk` comes from a context or a helper, and is not null.
+#[inline(always)]
+pub unsafe fn state(sk: *mut c_void) -> Option<*mut SocketState> {
+    // SAFETY: by this function's contract; a null value asks for a look-up only.
+    let state = unsafe { bpf_sk_storage_get(map(), sk, ptr::null_mut(), 0) };
+    (!state.is_null()).then_some(state.cast())
+}
+
+/// Notes what is known of a socket, over what was noted before; `false` when there is no memory.
+///
+/// # Safety
+/// As for [`state`].
+#[inline(always)]
+pub unsafe fn note(sk: *mut c_void, state: &mut SocketState) -> bool {
+    let value = ptr::from_mut(state);
+    let create = BPF_SK_STORAGE_GET_F_CREATE.into();
+    // SAFETY: by this function's contract; the value lives on this stack.
+    let stored = unsafe { bpf_sk_storage_get(map(), sk, value.cast(), create) };
+    let stored: *mut SocketState = stored.cast();
+    if stored.is_null() {
+        return false;
+    }
+    // SAFETY: not null, so it is this socket's value. An existing one was not overwritten above.
+    unsafe { ptr::write(stored, *state) };
+    true
+}
+
+/// Whether a socket's state has this role.
+///
+/// # Safety
+/// `state` was returned by [`state`].
+#[inline(always)]
+pub unsafe fn is(state: *const SocketState, role: SocketRole) -> bool {
+    // SAFETY: by this function's contract.
+    unsafe { (*state).role == role as u32 }
+}
