@@ -127,9 +127,15 @@ pub fn waypoint(steps: &Steps, town: &mut Town) -> Result<()> {
             Ok(format!("200, x-waypoint: {header}, {}", response.body.trim()))
         })?;
     }
+    // Envoy keeps its connection for later requests, so that it is in no log yet.
     steps.step("the server's side knows that the waypoint called", || {
-        let identity = "src.identity=\"spiffe://cluster.local/ns/shop/sa/waypoint\"";
-        log_line(town.agent("b")?, &[identity, "inbound"]).map(|_| identity.to_owned())
+        let identity = "spiffe://cluster.local/ns/shop/sa/waypoint";
+        let agent = town.agent("b")?;
+        wait::until_some("the waypoint among the open connections", PATIENCE, || {
+            let open = agent.cli(&["connections", "-o", "json"])?;
+            ensure!(open.contains(identity), "only these: {open}");
+            Ok(identity.to_owned())
+        })
     })
 }
 

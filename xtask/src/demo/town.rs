@@ -92,7 +92,7 @@ impl Town {
             "daemon off; user root; worker_processes 1; pid nginx.pid; error_log stderr;\n\
              events {{ worker_connections 1024; }}\n\
              http {{ access_log access.log; {temporary} keepalive_timeout 600;\n\
-             server {{ listen [::]:{WEB} ipv6only=off; default_type text/plain;\n\
+             server {{ listen {WEB}; listen [::]:{WEB} ipv6only=on; default_type text/plain;\n\
              location / {{ return 200 \"hello from {pod} to $remote_addr\\n\"; }} }} }}\n"
         );
         let config = home.join("nginx.conf");
@@ -172,7 +172,7 @@ impl Town {
         println!("  logs            tail -f {}/agent-b.log", logs.display());
         println!("  policies        edit {}", config.display());
         println!("  programs        bpftool prog show; bpftool map show; bpftool cgroup tree");
-        println!("  one map         bpftool map dump name <name>");
+        println!("  one map         bpftool map dump name cv_pods");
         println!("  the end         cargo xtask demo --stop");
     }
 }
