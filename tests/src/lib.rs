@@ -1,1 +1,75 @@
+//! What the scenarios share: the agent's binary, small servers in pods, and calls from pods.
+//!
+//! Scenarios run real agents on a real kernel; see `culvert_lab` for the mesh below them.
 
+#![forbid(unsafe_code)]
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use culvert_lab::mesh::Running;
+
+/// How long one step of a call may take.
+pub const LIMIT: Duration = Duration::from_secs(5);
+
+/// The agent under test: `CULVERT_BIN`, or the debug build of this workspace.
+pub fn binary() -> PathBuf {
+    let built = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/debug/culvert");
+    std::env::var_os("CULVERT_BIN").map_or_else(|| built.into(), PathBuf::from)
+}
+
+/// Serves every connection to `port` in `pod` on a thread of its own, for the rest of the test.
+pub fn serve(
+    mesh: &Running,
+    pod: &str,
+    port: u16,
+    each: impl Fn(TcpStream, SocketAddr) + Clone + Send + 'static,
+) -> io::Result<()> {
+    let any = SocketAddr::from(([0u16; 8], port));
+    let listener = mesh.pod(pod).place().run(|| TcpListener::bind(any))?;
+    std::thread::spawn(move || {
+        while let Ok((stream, peer)) = listener.accept() {
+            let each = each.clone();
+            let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+            std::thread::spawn(move || each(stream, peer));
+        }
+    });
+    Ok(())
+}
+
+/// Sends back what it reads, until the end.
+pub fn echo(mut stream: TcpStream, _peer: SocketAddr) {
+    let mut buffer = [0; 16 << 10];
+    while let Ok(count @ 1..) = stream.read(&mut buffer) {
+        if stream.write_all(&buffer[..count]).is_err() {
+            return;
+        }
+    }
+}
+
+/// Tells the caller's address as the application sees it, and closes.
+pub fn who(mut stream: TcpStream, peer: SocketAddr) {
+    // A caller that has gone away need not be told.
+    let _ = write!(stream, "{}", peer.ip());
+}
+
+/// Connects from `pod`, with time limits on everything after.
+pub fn connect(mesh: &Running, pod: &str, to: (IpAddr, u16)) -> io::Result<TcpStream> {
+    let to = SocketAddr::from(to);
+    let stream = mesh.pod(pod).place().run(|| TcpStream::connect_timeout(&to, LIMIT))?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    stream.set_write_timeout(Some(LIMIT))?;
+    Ok(stream)
+}
+
+/// Sends `text`, half-closes, and gives all that comes back.
+pub fn call(mesh: &Running, pod: &str, to: (IpAddr, u16), text: &str) -> io::Result<String> {
+    let mut stream = connect(mesh, pod, to)?;
+    stream.write_all(text.as_bytes())?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
