@@ -5,7 +5,7 @@ use std::net::{IpAddr, TcpStream};
 
 use anyhow::{Context, Result, anyhow, bail};
 use culvert_lab::agent::Agent;
-use culvert_lab::mesh::{Match, Running};
+use culvert_lab::mesh::{Match, Mesh, Running};
 use culvert_lab::wait::{self, SOON};
 use serde_json::Value;
 
@@ -66,4 +66,22 @@ pub fn answer(agent: &Agent, path: &str) -> Result<Value> {
         bail!("{path}: {} {}", response.status, response.body);
     }
     serde_json::from_str(&response.body).with_context(|| format!("{path}: {}", response.body))
+}
+
+/// How often the agent has taken over the mesh file since it started.
+pub fn loads(agent: &Agent) -> Result<f64> {
+    agent.metric("culvert_source_loads_total", &[])
+}
+
+/// Edits the mesh, and waits until all `agents` have taken it over.
+pub fn edit(mesh: &mut Running, agents: &[&Agent], change: impl FnOnce(&mut Mesh)) -> Result<()> {
+    let before = agents.iter().map(|agent| loads(agent)).collect::<Result<Vec<_>>>()?;
+    mesh.change(change)?;
+    for (agent, before) in agents.iter().zip(before) {
+        wait::until_some("the edit to be taken over", SOON, || {
+            let now = loads(agent)?;
+            if now > before { Ok(()) } else { Err(anyhow!("{}", agent.log())) }
+        })?;
+    }
+    Ok(())
 }
