@@ -54,8 +54,16 @@ pub(super) async fn carry(captured: Captured<'_>, to: AppAddr, destination: Arc<
     let (ours, theirs) = (source.counters(), inbound.counters());
     let relayed = relay::tcp_tcp(tcp, server, &Both(&ours, &theirs), closing).await;
     let outcome = session::outcome(relayed);
-    inbound.close(outcome.clone());
-    source.close(outcome);
+    source.close(outcome.clone().map_err(as_source));
+    inbound.close(outcome);
+}
+
+/// A policy is the destination's: it counts there, and the source tells of a connection that broke.
+fn as_source(failure: Failure) -> Failure {
+    match failure.denial {
+        Some(_) => Failure::new(ResponseFlag::Connect, failure.error),
+        None => failure,
+    }
 }
 
 async fn either(leaving: Ends<'_>, arriving: Ends<'_>) -> CloseReason {
