@@ -166,8 +166,9 @@ impl Toolchain {
 }
 
 fn linker() -> Result<PathBuf, String> {
-    if let Some(linker) = env::var_os("BPF_LINKER") {
-        return Ok(linker.into());
+    if let Some(linker) = env::var_os("BPF_LINKER").map(PathBuf::from) {
+        let missing = format!("BPF_LINKER names {}, which does not exist", linker.display());
+        return linker.is_file().then_some(linker).ok_or(missing);
     }
     find_program("bpf-linker").ok_or_else(|| {
         "the kernel programs need bpf-linker: run `cargo xtask setup`, or see \

@@ -63,6 +63,16 @@ pub struct CaptureOptions {
     pub log_level: LevelFilter,
 }
 
+/// The mount of cgroup version 2, be it alone or beside version 1.
+pub fn find_cgroup() -> Option<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
+    mounts.lines().find_map(|line| {
+        let mut fields = line.split(' ').skip(1);
+        let path = fields.next()?;
+        (fields.next()? == "cgroup2").then(|| PathBuf::from(path))
+    })
+}
+
 /// The agent's listeners of one pod, opened in its namespace.
 #[derive(Clone, Copy, Debug)]
 pub struct PodListeners<'a> {

@@ -11,7 +11,7 @@
 //!
 //! * What we receive: the connection window we advertise is [`Settings::max_streams`] stream
 //!   windows, so that all streams of a connection can be full at once without exhausting it. That
-//!   product bounds what one connection can make us hold: 128 × 1 MiB with the defaults.
+//!   product bounds what one connection can make us hold: 128 × 512 KiB with the defaults.
 //! * What we send: `windows` explains how connections to peers with a scarcer window are used.
 //!
 //! Absent on purpose: server push, extended CONNECT, trailers, padding, priorities.
@@ -20,7 +20,6 @@ use std::time::Duration;
 
 pub mod client;
 pub mod headers;
-mod io;
 mod keepalive;
 pub mod pool;
 pub mod server;
@@ -29,7 +28,6 @@ mod windows;
 mod wire;
 
 pub use headers::ConnectHeaders;
-pub use io::HboneIo;
 pub use pool::{Pool, PoolKey};
 pub use server::{Request, serve};
 pub use stream::{HboneStream, StreamError};
@@ -67,7 +65,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            stream_window: 1 << 20,
+            stream_window: 512 << 10,
             max_streams: 128,
             streams_per_connection: 100,
             spread: 256,

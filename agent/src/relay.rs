@@ -5,8 +5,8 @@
 //! * The two directions are independent; a clean end (FIN, END_STREAM) of one ends only that one.
 //! * An abnormal end stays abnormal: a reset, a broken tunnel connection or a failed write on one
 //!   side promptly becomes a reset on the other (TCP RST; RST_STREAM with CONNECT_ERROR, RFC 9113
-//!   section 8.5), also while that direction is idle or blocked. Dropping a relay before its end
-//!   resets both sides.
+//!   section 8.5), also while that direction is idle or blocked. Dropping a relay before its end,
+//!   even one that was never polled, resets both sides.
 //! * Nothing is read before it can be passed on, so no queue grows; a connection without traffic
 //!   keeps no buffer.
 
@@ -16,6 +16,7 @@ use std::io;
 use tokio::net::TcpStream;
 
 use crate::hbone::{HboneStream, StreamError};
+use tcp::Tcp;
 
 mod plain;
 mod scratch;
@@ -67,49 +68,49 @@ impl<C> RelayError<C> {
 /// Relays an application's connection into a tunnel (the source side).
 ///
 /// When `closing` is ready, the stream is reset with CANCEL and the application's connection reset.
-pub async fn tcp_hbone<C>(
+pub fn tcp_hbone<C>(
     client: TcpStream,
     tunnel: HboneStream,
     counters: &impl Counters,
     closing: impl Future<Output = C>,
-) -> Result<(), RelayError<C>> {
+) -> impl Future<Output = Result<(), RelayError<C>>> {
+    let client = Tcp::new(client);
     let upload = |bytes| counters.received(bytes);
     let download = |bytes| counters.sent(bytes);
-    tunnel::relay(client, tunnel, upload, download, closing).await.map_err(|end| match end {
-        tunnel::End::Tcp(error) => RelayError::Client(error),
-        tunnel::End::Tunnel(error) => RelayError::Tunnel(error),
-        tunnel::End::Closed(reason) => RelayError::Closed(reason),
-    })
+    async move {
+        let end = tunnel::relay(client, tunnel, upload, download, closing).await;
+        end.map_err(|end| end.with(RelayError::Client))
+    }
 }
 
 /// Relays a tunnel to an application that was dialled for it (the destination side).
 ///
 /// As [`tcp_hbone`], with the roles of client and server exchanged.
-pub async fn hbone_tcp<C>(
+pub fn hbone_tcp<C>(
     tunnel: HboneStream,
     server: TcpStream,
     counters: &impl Counters,
     closing: impl Future<Output = C>,
-) -> Result<(), RelayError<C>> {
+) -> impl Future<Output = Result<(), RelayError<C>>> {
+    let server = Tcp::new(server);
     let upload = |bytes| counters.sent(bytes);
     let download = |bytes| counters.received(bytes);
-    tunnel::relay(server, tunnel, upload, download, closing).await.map_err(|end| match end {
-        tunnel::End::Tcp(error) => RelayError::Server(error),
-        tunnel::End::Tunnel(error) => RelayError::Tunnel(error),
-        tunnel::End::Closed(reason) => RelayError::Closed(reason),
-    })
+    async move {
+        let end = tunnel::relay(server, tunnel, upload, download, closing).await;
+        end.map_err(|end| end.with(RelayError::Server))
+    }
 }
 
 /// Relays between two TCP connections.
 ///
 /// When `closing` is ready, both are reset.
-pub async fn tcp_tcp<C>(
+pub fn tcp_tcp<C>(
     client: TcpStream,
     server: TcpStream,
     counters: &impl Counters,
     closing: impl Future<Output = C>,
-) -> Result<(), RelayError<C>> {
-    plain::relay(client, server, counters, closing).await
+) -> impl Future<Output = Result<(), RelayError<C>>> {
+    plain::relay(Tcp::new(client), Tcp::new(server), counters, closing)
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ impl Mesh {
         [SocketAddr::new(self.server.v4, port), SocketAddr::new(self.server.v6, port)]
     }
 
-    fn from_node(&self, to: SocketAddr) -> std::io::Result<TcpStream> {
+    fn node_connects(&self, to: SocketAddr) -> std::io::Result<TcpStream> {
         self.node.netns.run(|| TcpStream::connect_timeout(&to, LIMIT)).unwrap()
     }
 }
@@ -136,7 +136,7 @@ fn nodes_own_connections_reach_the_application() {
     let mesh = Mesh::new();
     let application = mesh.server.application(8080);
     for to in mesh.addresses(8080).into_iter().cycle().take(20) {
-        let mut client = mesh.from_node(to).unwrap();
+        let mut client = mesh.node_connects(to).unwrap();
         talk(&mut client, &mut accept(&application));
     }
     assert!(is_idle(&mesh.listeners.plaintext));
@@ -149,7 +149,7 @@ fn nodes_own_connections_reach_the_application() {
 fn nodes_failed_connections_leave_no_record() {
     let mesh = Mesh::new();
     for to in mesh.addresses(8080).into_iter().cycle().take(20) {
-        let error = mesh.from_node(to).unwrap_err();
+        let error = mesh.node_connects(to).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
     }
     assert_eq!(mesh.capture.counts().probes, 0);
@@ -159,7 +159,7 @@ fn nodes_failed_connections_leave_no_record() {
 fn nodes_connection_to_the_hbone_port_leads_to_its_listener() {
     let mesh = Mesh::new();
     for to in mesh.addresses(15008) {
-        let mut client = mesh.from_node(to).unwrap();
+        let mut client = mesh.node_connects(to).unwrap();
         talk(&mut client, &mut accept(&mesh.listeners.hbone));
     }
 }
@@ -177,9 +177,7 @@ fn pod_with_the_nodes_address_does_not_pass_for_the_node() {
     socket.bind(&"[fd78::1]:0".parse::<SocketAddr>().unwrap().into()).unwrap();
     socket.set_nonblocking(true).unwrap();
     let _ = socket.connect(&SocketAddr::new(mesh.server.v6, 8080).into());
-    eventually("the forged SYN arrives", || {
-        mesh.capture.events().unwrap().inbound_plaintext > 0
-    });
+    eventually("the forged SYN arrives", || mesh.capture.events().unwrap().inbound_plaintext > 0);
     assert_eq!(mesh.capture.events().unwrap().inbound_node, 0);
     assert!(is_idle(&application));
 }

@@ -12,7 +12,9 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use aya::maps::{Array, HashOfMaps, Map, MapData, loaded_maps};
 use aya::programs::links::{FdLink, PinnedLink};
@@ -22,6 +24,7 @@ use culvert_agent::capture::{
     Capture, CaptureError, CaptureOptions, DetachReport, MapCounts, PodSpec, detach,
 };
 use lab::*;
+use tracing::level_filters::LevelFilter;
 
 /// An address that no one has.
 const FOREIGN: &str = "192.0.2.1:80";
@@ -188,12 +191,7 @@ fn enrolling_and_withdrawing_loses_no_connection() {
 }
 
 /// Answers every connection with `text` and ends it.
-fn serve_until(
-    stop: &AtomicBool,
-    listener: &TcpListener,
-    text: &[u8],
-    check: impl Fn(&TcpStream),
-) {
+fn serve_until(stop: &AtomicBool, listener: &TcpListener, text: &[u8], check: impl Fn(&TcpStream)) {
     listener.set_nonblocking(true).unwrap();
     while !stop.load(Ordering::Acquire) {
         match listener.accept() {
@@ -266,9 +264,8 @@ fn full_tables_refuse_a_pod_and_keep_nothing_of_it() {
     let before = capture.counts();
     let others = second.netns.listen().unwrap();
     let cookie = second.netns.cookie();
-    let error = capture
-        .enrol(second.netns.as_fd(), cookie, &second.spec(), &(&others).into())
-        .unwrap_err();
+    let error =
+        capture.enrol(second.netns.as_fd(), cookie, &second.spec(), &(&others).into()).unwrap_err();
     assert!(matches!(error, CaptureError::Full { max_pods: 1, .. }), "{error}");
     assert_eq!(capture.counts(), before);
     let _client = first.connect(foreign()).unwrap();
@@ -311,6 +308,40 @@ fn pod_whose_namespace_vanished_is_dropped_by_the_next_agent() {
     });
     let counts = node.capture().counts();
     assert_eq!((counts.pods, counts.addresses), (1, 2));
+}
+
+#[test]
+fn pod_whose_namespace_vanished_can_be_withdrawn() {
+    let node = Node::new();
+    let pod = node.pod();
+    let capture = node.capture();
+    let listeners = pod.enrol(&capture);
+    let open = pod.connect(foreign()).unwrap();
+    let cookie = pod.netns.cookie();
+    close(listeners);
+    drop((open, pod));
+    capture.withdraw(cookie).unwrap();
+    capture.withdraw(cookie).unwrap();
+    assert_eq!(capture.counts(), MapCounts::default());
+}
+
+#[test]
+fn changed_cgroup_is_attached_to() {
+    let mut node = Node::new();
+    let root = node.options.cgroup.clone();
+    node.options.cgroup = root.join(node.name());
+    fs::create_dir(&node.options.cgroup).unwrap();
+    let pod = node.pod();
+    let capture = node.capture();
+    let listeners = pod.enrol(&capture);
+    // This process is not in that cgroup.
+    assert!(pod.inside(|| TcpStream::connect_timeout(&foreign(), LIMIT)).is_err());
+    drop(capture);
+    let cgroup = std::mem::replace(&mut node.options.cgroup, root);
+    let capture = node.capture();
+    let _client = pod.connect(foreign()).unwrap();
+    assert_eq!(accept_captured(&capture, &listeners).1, foreign());
+    fs::remove_dir(cgroup).unwrap();
 }
 
 #[test]
@@ -364,9 +395,69 @@ fn programs_and_maps_show_their_names_in_full() {
     assert_eq!(programs, expected.map(|name| (*name).to_owned()).collect());
     for map in loaded_maps().flatten().filter(|map| trace.maps.contains(&map.id())) {
         let name = map.name_as_str().unwrap();
-        let known = name.starts_with("cv_") || [".rodata", "AYA_LOGS"].contains(&name);
+        // The compiler's constants, and the log of the library, have names of their own.
+        let known = ["cv_", ".rodata", "AYA_LOGS"].iter().any(|prefix| name.starts_with(prefix));
         assert!(known && name.len() <= 15, "{name}");
     }
+}
+
+/// Somewhere to write the log to.
+#[derive(Clone, Default)]
+struct Written(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Written {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn programs_log_at_debug() {
+    let mut node = Node::new();
+    node.options.log_level = LevelFilter::DEBUG;
+    let (pod, neighbour) = (node.pod(), node.pod());
+    let capture = node.capture();
+    let listeners = pod.enrol(&capture);
+    for to in ["192.0.2.1:80", "[2001:db8::1]:80", "127.0.0.1:15001"] {
+        pod.connect(to.parse().unwrap()).unwrap();
+    }
+    close(listeners);
+    expect_refused(&pod, foreign());
+    expect_refused(&neighbour, SocketAddr::new(pod.v4, 8080));
+    let written = Written::default();
+    let writer = written.clone();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(LevelFilter::DEBUG)
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .finish();
+    let _guard = tracing::subscriber::set_default(subscriber);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let expected = [
+        "captured to ::ffff:192.0.2.1 port 80".to_owned(),
+        "captured to 2001:db8::1 port 80".to_owned(),
+        format!("netns {}: no flow for port", pod.netns.cookie()),
+        "outbound connection refused, the agent does not listen".to_owned(),
+        "port 8080 refused, the agent does not listen".to_owned(),
+    ];
+    let log = || String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
+    runtime.block_on(async {
+        let forward = capture.logs().unwrap().forward();
+        let complete = async {
+            while !expected.iter().all(|line| log().contains(line)) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::select! {
+            result = forward => result.unwrap(),
+            result = tokio::time::timeout(LIMIT, complete) => {
+                assert!(result.is_ok(), "{}", log());
+            }
+        }
+    });
 }
 
 /// Identifiers of what an agent has in the kernel.
@@ -413,12 +504,16 @@ fn programs_behind_links(options: &CaptureOptions) -> BTreeSet<u32> {
     Trace::of(options).programs
 }
 
-/// A pod's rules, routes and the setting that belongs to them.
+/// A pod's rules, routes and the settings that belong to them.
 fn set_up(pod: &Pod) -> Vec<String> {
-    let mut found: Vec<String> = ["rule", "-6 rule", "route show table 100", "-6 route show table 100"]
-        .iter()
-        .map(|what| ip_output(&format!("-n {} {what}", pod.name())))
-        .collect();
-    found.push(pod.inside(|| fs::read_to_string("/proc/sys/net/ipv4/tcp_fwmark_accept").unwrap()));
+    let mut found: Vec<String> =
+        ["rule", "-6 rule", "route show table 100", "-6 route show table 100"]
+            .iter()
+            .map(|what| ip_output(&format!("-n {} {what}", pod.name())))
+            .collect();
+    for setting in ["ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect"] {
+        let path = format!("/proc/sys/net/{setting}");
+        found.push(pod.inside(|| fs::read_to_string(path).unwrap()));
+    }
     found
 }

@@ -78,7 +78,7 @@ fn connecting(ctx: &SockOpsContext) {
     let Some(flows) = (unsafe { POD_FLOWS.get(&netns) }) else { return };
     // SAFETY: the helper takes this context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    let key = FlowKey { source: ends.local, port: ends.local_port };
+    let key = flow_key(&ends);
     let flow = Flow { socket: cookie, original: state.original, port: state.port, reserved: 0 };
     if flows.insert(key, flow, BPF_ANY.into()).is_err() {
         debug!(ctx, "netns {}: too many connections on their way to the agent", netns);
@@ -131,7 +131,7 @@ fn accepted(ctx: &SockOpsContext) {
     let netns = netns(ctx);
     // SAFETY: the inner map is only used while this program runs.
     let Some(flows) = (unsafe { POD_FLOWS.get(&netns) }) else { return };
-    let key = FlowKey { source: ends.remote, port: ends.remote_port };
+    let key = FlowKey { source: ends.remote, target: ends.local, port: ends.remote_port };
     // SAFETY: the value is copied at once, and only this end removes it while its client lives.
     let Some(flow) = (unsafe { flows.get(key) }).copied() else {
         debug!(ctx, "netns {}: no flow for port {}", netns, ends.remote_port);
@@ -177,13 +177,19 @@ fn changed(ctx: &SockOpsContext) {
     }
     // SAFETY: the inner map is only used while this program runs.
     let Some(flows) = (unsafe { POD_FLOWS.get(&netns) }) else { return };
-    let key = FlowKey { source: ends.local, port: ends.local_port };
+    let key = flow_key(&ends);
     // SAFETY: the value is read at once.
     let Some(flow) = (unsafe { flows.get(key) }) else { return };
     // SAFETY: the helper takes this context.
     if flow.socket == unsafe { bpf_get_socket_cookie(ctx.as_ptr()) } {
         let _ = flows.remove(key);
     }
+}
+
+/// The key at the application's end.
+#[inline(always)]
+fn flow_key(ends: &Ends) -> FlowKey {
+    FlowKey { source: ends.local, target: ends.remote, port: ends.local_port }
 }
 
 #[inline(always)]

@@ -1,7 +1,8 @@
 //! Attaching programs by pinned links, and replacing the program behind a link that exists.
 
+use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use aya::Ebpf;
@@ -40,20 +41,24 @@ impl<'a> Programs<'a> {
         let program = self.program(name).map_err(failed)?;
         // Cgroup links always go beside other programs; any flag is an error.
         let mode = CgroupAttachMode::Single;
-        let link = match program {
+        let (link, _former) = match program {
             Program::CgroupSockAddr(program) => {
                 program.load().map_err(failed)?;
-                if replace(pin, program.fd().map_err(failed)?).map_err(failed)? {
-                    return Ok(());
+                match replace(pin, program.fd().map_err(failed)?, cgroup).map_err(failed)? {
+                    Replaced::Yes => return Ok(()),
+                    Replaced::No(former) => {
+                        (link_address(program, cgroup, mode).map_err(failed)?, former)
+                    }
                 }
-                link_address(program, cgroup, mode).map_err(failed)?
             }
             Program::SockOps(program) => {
                 program.load().map_err(failed)?;
-                if replace(pin, program.fd().map_err(failed)?).map_err(failed)? {
-                    return Ok(());
+                match replace(pin, program.fd().map_err(failed)?, cgroup).map_err(failed)? {
+                    Replaced::Yes => return Ok(()),
+                    Replaced::No(former) => {
+                        (link_operations(program, cgroup, mode).map_err(failed)?, former)
+                    }
                 }
-                link_operations(program, cgroup, mode).map_err(failed)?
             }
             _ => return Err(failed(ProgramError::UnexpectedProgramType)),
         };
@@ -116,14 +121,25 @@ fn link_operations(
 }
 
 /// Whether there was a link to put the program behind.
-fn replace(pin: &Path, program: &ProgramFd) -> Result<bool, ProgramError> {
+enum Replaced {
+    Yes,
+    /// One to another cgroup has lost its pin, and goes when this is dropped.
+    No(Option<OwnedFd>),
+}
+
+fn replace(pin: &Path, program: &ProgramFd, cgroup: BorrowedFd) -> Result<Replaced, ProgramError> {
     let link = match sys::pinned(pin) {
         Ok(link) => link,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Replaced::No(None)),
         Err(error) => return Err(update_error(error)),
     };
+    let wanted = sys::inode(cgroup).map_err(update_error)?;
+    if sys::link_cgroup(link.as_fd()).map_err(update_error)? != wanted {
+        fs::remove_file(pin).map_err(update_error)?;
+        return Ok(Replaced::No(Some(link)));
+    }
     sys::link_update(link.as_fd(), program.as_fd()).map_err(update_error)?;
-    Ok(true)
+    Ok(Replaced::Yes)
 }
 
 /// From here on the link outlives its descriptor.

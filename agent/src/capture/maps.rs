@@ -304,7 +304,7 @@ fn excluded_port(cookie: NetnsCookie, direction: Direction, port: u16) -> Exclud
 }
 
 fn excluded_net(cookie: NetnsCookie, cidr: IpNet) -> Key<ExcludedNet> {
-    let mapped = u32::from(Ipv6Addr::BITS - Ipv4Addr::BITS);
+    let mapped = Ipv6Addr::BITS - Ipv4Addr::BITS;
     let head = match cidr {
         IpNet::V4(_) => ExcludedNet::HEAD_BITS + mapped,
         IpNet::V6(_) => ExcludedNet::HEAD_BITS,
@@ -348,3 +348,6 @@ fn add(sum: Counts, one: &Counts) -> Counts {
         probes_full: sum.probes_full + one.probes_full,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,10 +15,17 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::sys;
 
+/// The calling thread's namespace.
+const CURRENT: &str = "/proc/thread-self/ns/net";
+
 /// A network namespace, kept alive by this.
+///
+/// It remembers the namespace it was opened from. [`Netns::run`] takes a thread back there: looking
+/// up each time where the thread is would cost more than entering and leaving together.
 #[derive(Debug)]
 pub struct Netns {
     file: File,
+    home: File,
     cookie: NetnsCookie,
 }
 
@@ -37,12 +44,13 @@ impl Netns {
         let path = path.as_ref();
         let failed = |error| NetnsError::Open { path: path.to_owned(), error };
         let file = File::open(path).map_err(failed)?;
-        let cookie = run_in(file.as_fd(), || {
+        let home = File::open(CURRENT).map_err(failed)?;
+        let cookie = run_in(file.as_fd(), home.as_fd(), || {
             let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
             sys::netns_cookie(socket.as_fd())
         });
         match cookie {
-            Ok(Ok(cookie)) => Ok(Netns { file, cookie: NetnsCookie(cookie) }),
+            Ok(Ok(cookie)) => Ok(Netns { file, home, cookie: NetnsCookie(cookie) }),
             Ok(Err(error)) => Err(NetnsError::Cookie { path: path.to_owned(), error }),
             Err(error) => Err(failed(error)),
         }
@@ -55,7 +63,7 @@ impl Netns {
 
     /// That of the calling thread.
     pub fn current() -> Result<Netns, NetnsError> {
-        Netns::open("/proc/thread-self/ns/net")
+        Netns::open(CURRENT)
     }
 
     /// Device and inode of the namespace, which tell it apart from others.
@@ -68,10 +76,11 @@ impl Netns {
         self.cookie
     }
 
-    /// Runs `inside` on this thread within the namespace. The thread is back in its own one when
-    /// this returns or panics. What `inside` opens stays in the namespace.
+    /// Runs `inside` on this thread within the namespace. What it opens stays in the namespace.
+    /// When this returns or panics, the thread is back where this namespace was opened from. It has
+    /// to come from there too: `run` does not nest, nor may threads move about by themselves.
     pub fn run<T>(&self, inside: impl FnOnce() -> T) -> io::Result<T> {
-        run_in(self.file.as_fd(), inside)
+        run_in(self.file.as_fd(), self.home.as_fd(), inside)
     }
 
     /// Opens the agent's three listeners of a pod. They bind every address of both families, or of
@@ -123,12 +132,12 @@ impl Listeners {
     }
 }
 
-/// Puts the thread back where it was, whatever happens.
-struct Home(File);
+/// Puts the thread back, whatever happens.
+struct Return<'a>(BorrowedFd<'a>);
 
-impl Drop for Home {
+impl Drop for Return<'_> {
     fn drop(&mut self) {
-        if let Err(error) = sys::enter_netns(self.0.as_fd()) {
+        if let Err(error) = sys::enter_netns(self.0) {
             // Everything this thread opened from now on would be in the wrong pod.
             tracing::error!(%error, "cannot return from a network namespace");
             std::process::abort();
@@ -136,16 +145,21 @@ impl Drop for Home {
     }
 }
 
-fn run_in<T>(netns: BorrowedFd, inside: impl FnOnce() -> T) -> io::Result<T> {
-    let home = Home(File::open("/proc/thread-self/ns/net")?);
+fn run_in<T>(netns: BorrowedFd, home: BorrowedFd, inside: impl FnOnce() -> T) -> io::Result<T> {
+    let back = Return(home);
     sys::enter_netns(netns)?;
     let result = inside();
-    drop(home);
+    drop(back);
     Ok(result)
 }
 
-/// Accepted sockets inherit what is set here. No mark, therefore: their replies would go to `lo`.
 fn listen(port: u16) -> io::Result<TcpListener> {
+    try_listen(port)
+        .map_err(|error| io::Error::new(error.kind(), format!("listening on port {port}: {error}")))
+}
+
+/// Accepted sockets inherit what is set here. No mark, therefore: their replies would go to `lo`.
+fn try_listen(port: u16) -> io::Result<TcpListener> {
     let v6 = || -> io::Result<Socket> {
         let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP))?;
         socket.set_only_v6(false)?;

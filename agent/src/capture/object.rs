@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use aya::programs::ProgramType;
 use aya::sys::{BpfHelper, is_helper_supported, is_program_supported};
-use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfLoader};
 use culvert_abi::{
     ABI_MAP, ADDRESSES_MAP, COUNTS_MAP, EXCLUDED_NETS_MAP, EXCLUDED_PORTS_MAP, HAVE_MPTCP,
@@ -131,6 +130,10 @@ fn require(
     if supported {
         return Ok(());
     }
-    let running = KernelVersion::current().map_or("unknown".to_owned(), |v| format!("{v:?}"));
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease");
+    let running = release.map_or("unknown".to_owned(), |release| release.trim().to_owned());
     Err(CaptureError::Unsupported { feature, needs, running })
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,6 +6,7 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// Commands of `bpf(2)`.
@@ -107,6 +108,19 @@ pub fn link_detach(link: BorrowedFd) -> io::Result<()> {
 
 /// Inode number of the network namespace a link is attached to; `None` once that is gone.
 pub fn link_netns(link: BorrowedFd) -> io::Result<Option<u64>> {
+    // `netns.netns_ino` is the lower half of the first word, on machines of either byte order.
+    let [a, b, c, d, ..] = link_target(link)?.to_ne_bytes();
+    let inode = u32::from_ne_bytes([a, b, c, d]);
+    Ok((inode != 0).then_some(inode.into()))
+}
+
+/// Inode number of the cgroup a link is attached to; 0 once that is gone.
+pub fn link_cgroup(link: BorrowedFd) -> io::Result<u64> {
+    link_target(link)
+}
+
+/// The first word of what `struct bpf_link_info` tells about this type of link.
+fn link_target(link: BorrowedFd) -> io::Result<u64> {
     #[repr(C)]
     #[derive(Default)]
     struct Information {
@@ -114,8 +128,7 @@ pub fn link_netns(link: BorrowedFd) -> io::Result<Option<u64>> {
         id: u32,
         program: u32,
         padding: u32,
-        netns_inode: u32,
-        attach_type: u32,
+        target: u64,
         rest: [u64; 8],
     }
     #[repr(C)]
@@ -131,9 +144,9 @@ pub fn link_netns(link: BorrowedFd) -> io::Result<Option<u64>> {
         information: std::ptr::from_mut(&mut information).addr() as u64,
     };
     // SAFETY: the structure is that of BPF_OBJ_GET_INFO_BY_FD. The kernel fills at most `length`
-    // bytes, which have the layout of `struct bpf_link_info` with its member for namespaces.
+    // bytes, which have the layout of `struct bpf_link_info`.
     unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attributes) }?;
-    Ok((information.netns_inode != 0).then_some(information.netns_inode.into()))
+    Ok(information.target)
 }
 
 /// The cookie of the network namespace that a socket belongs to (Linux 5.14).
@@ -174,6 +187,11 @@ pub fn enter_netns(netns: BorrowedFd) -> io::Result<()> {
     // SAFETY: changes only the calling thread's namespace; nothing in memory depends on it.
     let result = unsafe { libc::setns(netns.as_raw_fd(), libc::CLONE_NEWNET) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The inode number behind a descriptor. That of a cgroup is its identifier.
+pub fn inode(file: BorrowedFd) -> io::Result<u64> {
+    Ok(File::from(file.try_clone_to_owned()?).metadata()?.ino())
 }
 
 /// Whether a path lies on a BPF file system.

@@ -380,8 +380,8 @@ fn http2(env: &Environment) -> Result<Http2, ConfigError> {
     // RFC 9113 sections 6.5.2 and 6.9.1.
     let window = |text: &str| number(text, 65_535, (1 << 31) - 1);
     let frame = |text: &str| number(text, 16_384, (1 << 24) - 1);
-    let stream_window = env.parse("HTTP2_STREAM_WINDOW_SIZE", window)?.unwrap_or(1 << 20);
-    let connection_window = env.parse("HTTP2_CONNECTION_WINDOW_SIZE", window)?.unwrap_or(128 << 20);
+    let stream_window = env.parse("HTTP2_STREAM_WINDOW_SIZE", window)?.unwrap_or(512 << 10);
+    let connection_window = env.parse("HTTP2_CONNECTION_WINDOW_SIZE", window)?.unwrap_or(64 << 20);
     if stream_window > connection_window {
         return Err(ConfigError::Contradiction {
             setting: Named("HTTP2_STREAM_WINDOW_SIZE".to_owned()),

@@ -55,8 +55,8 @@ fn bare_minimum_has_ztunnels_defaults() {
     assert_eq!((keepalive.time.as_secs(), keepalive.interval.as_secs()), (180, 180));
     assert_eq!(keepalive.retries, 9);
     assert!(!config.user_timeout);
-    assert_eq!(config.http2.stream_window, 1 << 20);
-    assert_eq!(config.http2.connection_window, 128 << 20);
+    assert_eq!(config.http2.stream_window, 512 << 10);
+    assert_eq!(config.http2.connection_window, 64 << 20);
     assert_eq!(config.http2.frame_size, 1 << 20);
     assert_eq!(config.pool.streams_per_connection, 100);
     assert_eq!(config.pool.release_unused_after, Duration::from_secs(300));

@@ -227,10 +227,9 @@ impl<T> Driver<T> {
     }
 
     fn poll_settled(&mut self, cx: &mut Context<'_>) {
-        if let Some(settling) = &mut self.settling {
-            if self.shared.peer.is_settled() || settling.alarm.as_mut().poll(cx).is_ready() {
-                self.settling = None;
-            }
+        let Some(settling) = &mut self.settling else { return };
+        if self.shared.peer.is_settled() || settling.alarm.as_mut().poll(cx).is_ready() {
+            self.settling = None;
         }
     }
 

@@ -105,16 +105,12 @@ impl Pool {
         D: Fn() -> F,
         F: Future<Output = Result<T, E>>,
     {
-        let request = headers.request()?;
         let mut attempts = 0;
         loop {
             attempts += 1;
+            let request = headers.request()?;
             let (connection, place) = self.checkout(key, &dial).await?;
-            let mut again = http::Request::new(());
-            again.method_mut().clone_from(request.method());
-            again.uri_mut().clone_from(request.uri());
-            again.headers_mut().clone_from(request.headers());
-            match connection.connect_at(again, place).await {
+            match connection.connect_at(request, place).await {
                 Err(RequestError::Unprocessed(_)) if attempts < ATTEMPTS => {
                     self.forget(key, &connection);
                 }

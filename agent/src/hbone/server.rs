@@ -14,7 +14,7 @@ use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, Interval, Sleep};
+use tokio::time::{Instant, Interval, MissedTickBehavior, Sleep};
 
 use super::keepalive::KeepAlive;
 use super::stream::{HboneStream, StreamError};
@@ -117,13 +117,12 @@ where
     let mut drain = pin!(drain);
     let mut draining = false;
     loop {
-        let event = std::future::poll_fn(|cx| {
-            if !draining {
-                if let Poll::Ready(deadline) = drain.as_mut().poll(cx) {
-                    return Poll::Ready(Event::Drain(deadline));
-                }
-            }
-            server.poll(cx)
+        let event = std::future::poll_fn(|cx| match draining {
+            false => match drain.as_mut().poll(cx) {
+                Poll::Ready(deadline) => Poll::Ready(Event::Drain(deadline)),
+                Poll::Pending => server.poll(cx),
+            },
+            true => server.poll(cx),
         })
         .await;
         match event {
@@ -208,6 +207,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
             .unwrap_or(Err(ServeError::NoPreface(settings.preface)))?;
         let keepalive =
             KeepAlive::new(connection.ping_pong(), settings.ping_interval, settings.ping_timeout);
+        let mut stall_check = tokio::time::interval(STALLED);
+        stall_check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Self {
             connection,
             flusher,
@@ -216,7 +217,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
             tasks: JoinSet::new(),
             max_tasks: settings.max_streams as usize,
             deadline: None,
-            stall_check: Some(tokio::time::interval(STALLED)),
+            stall_check: Some(stall_check),
         })
     }
 

@@ -29,10 +29,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
 /// Stream and connection window before any SETTINGS or WINDOW_UPDATE (RFC 9113 section 6.9.2).
 const INITIAL_WINDOW: u32 = 65_535;

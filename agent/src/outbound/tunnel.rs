@@ -111,7 +111,6 @@ impl Caller<'_> {
         outer: HboneStream,
         certificate: &WorkloadCertificate,
     ) -> Result<HboneStream, TunnelError> {
-        let outer = crate::hbone::HboneIo::new(outer);
         let limit = tls::HANDSHAKE_LIMIT;
         let secured = tls::connect(outer, certificate, &tunnel.expect, limit).await;
         let secured = secured.map_err(DialError::Tls)?;

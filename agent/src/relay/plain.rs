@@ -19,12 +19,11 @@ use super::{Counters, RelayError};
 const TURN: usize = 16;
 
 pub(super) async fn relay<C>(
-    client: TcpStream,
-    server: TcpStream,
+    client: Tcp,
+    server: Tcp,
     counters: &impl Counters,
     closing: impl Future<Output = C>,
 ) -> Result<(), RelayError<C>> {
-    let (client, server) = (Tcp::new(client), Tcp::new(server));
     let mut there = Direction::new(client.stream(), server.stream());
     let mut back = Direction::new(server.stream(), client.stream());
     let mut closing = pin!(closing);

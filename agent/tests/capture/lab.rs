@@ -11,7 +11,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use culvert_agent::capture::{Capture, CaptureOptions, Listeners, Netns, PodSpec, detach};
+use culvert_agent::capture::{
+    Capture, CaptureOptions, Listeners, Netns, PodSpec, detach, find_cgroup,
+};
 use culvert_core::addr::OriginalDst;
 use tracing::level_filters::LevelFilter;
 
@@ -66,7 +68,7 @@ impl Node {
             })
             .unwrap();
         let options = CaptureOptions {
-            cgroup: cgroup2(),
+            cgroup: find_cgroup().expect("cgroup version 2 is mounted"),
             pin_path: PathBuf::from("/sys/fs/bpf").join(&name),
             node: netns.cookie(),
             max_pods: 16,
@@ -119,16 +121,6 @@ impl Drop for Node {
             detached.unwrap();
         }
     }
-}
-
-/// The mount of cgroup version 2, pure or beside version 1.
-fn cgroup2() -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let mount = mounts.lines().find_map(|line| {
-        let fields: Vec<&str> = line.split(' ').collect();
-        (fields.get(2) == Some(&"cgroup2")).then(|| fields[1].to_owned())
-    });
-    mount.expect("cgroup version 2 is mounted").into()
 }
 
 pub struct Pod {

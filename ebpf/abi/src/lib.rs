@@ -29,7 +29,7 @@ pub const PLAINTEXT_PORT: u16 = 15006;
 pub const HBONE_PORT: u16 = 15008;
 
 /// Most connections that one pod may have between SYN and accept; further ones are refused.
-pub const MAX_FLOWS_PER_POD: usize = 8192;
+pub const MAX_FLOWS_PER_POD: usize = 4096;
 /// Most connections of the node itself that may be between SYN and their answer.
 pub const MAX_PROBES: usize = 16384;
 
@@ -188,12 +188,14 @@ pub enum SocketRole {
     Exempt = 3,
 }
 
-/// The application's end of a connection that is on its way to the agent.
+/// A connection that is on its way to the agent. Its other port is always [`OUTBOUND_PORT`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowKey {
     pub source: Address,
-    /// In host byte order.
+    /// Loopback or the pod's own address.
+    pub target: Address,
+    /// The application's port, in host byte order.
     pub port: u32,
 }
 
@@ -290,11 +292,39 @@ const _: () = {
     assert!(size_of::<ExcludedPort>() == 16);
     assert!(size_of::<ExcludedNet>() == 28);
     assert!(size_of::<SocketState>() == 40);
-    assert!(size_of::<FlowKey>() == 20);
+    assert!(size_of::<FlowKey>() == 36);
     assert!(size_of::<Flow>() == 32);
     assert!(size_of::<Probe>() == 40);
     assert!(size_of::<ListenerKey>() == 16);
     assert!(size_of::<Counts>() == 14 * 8);
+};
+
+/// Longer names would be cut off in the kernel.
+const _: () = {
+    let maps = [
+        ABI_MAP,
+        PODS_MAP,
+        ADDRESSES_MAP,
+        EXCLUDED_PORTS_MAP,
+        EXCLUDED_NETS_MAP,
+        SOCKETS_MAP,
+        POD_FLOWS_MAP,
+        FLOWS_MAP,
+        PROBES_MAP,
+        LISTENERS_MAP,
+        COUNTS_MAP,
+        SK_LOOKUP_PROGRAM,
+    ];
+    let mut n = 0;
+    while n < maps.len() {
+        assert!(maps[n].len() <= 15);
+        n += 1;
+    }
+    let mut n = 0;
+    while n < CGROUP_PROGRAMS.len() {
+        assert!(CGROUP_PROGRAMS[n].len() <= 15);
+        n += 1;
+    }
 };
 
 impl Address {

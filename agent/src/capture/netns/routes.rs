@@ -2,7 +2,9 @@
 //!
 //! One rule per family sends what carries the mark to a table in which every address is local.
 //! `tcp_fwmark_accept` lets the sockets that an application accepts take the mark of the agent's
-//! connection, so that their replies carry it. No connection tracking takes part.
+//! connection, so that their replies carry it. `fwmark_reflect` does so for resets that no socket
+//! sends: without it a port where nobody listens would not refuse, but never answer. No connection
+//! tracking takes part.
 
 use std::future::Future;
 use std::io;
@@ -19,14 +21,19 @@ use super::{Netns, lacks_ipv6};
 
 /// Before the main table's rule, 32766.
 const RULE_PRIORITY: u32 = 32764;
-/// Follows the namespace of the thread that opens it.
-const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+/// `tcp_fwmark_accept` counts for both families. These files follow the namespace of the thread
+/// that opens them.
+const SETTINGS: [&str; 3] = [
+    "/proc/sys/net/ipv4/tcp_fwmark_accept",
+    "/proc/sys/net/ipv4/fwmark_reflect",
+    "/proc/sys/net/ipv6/fwmark_reflect",
+];
 /// The interface index of `lo`, in every network namespace.
 const LOOPBACK: u32 = 1;
 
 pub fn add(netns: &Netns) -> io::Result<()> {
     in_namespace(netns, async |handle| {
-        std::fs::write(FWMARK_ACCEPT, "1")?;
+        set("1")?;
         present(add_family(&handle, AddressFamily::Inet).await)?;
         match present(add_family(&handle, AddressFamily::Inet6).await) {
             Err(error) if lacks_ipv6(&error) => Ok(()),
@@ -50,8 +57,20 @@ pub fn remove(netns: &Netns) -> io::Result<()> {
                 Ok(()) | Err(_) => {}
             }
         }
-        if found { std::fs::write(FWMARK_ACCEPT, "0") } else { Ok(()) }
+        // The kernel's default. What the pod had set itself is not known any more.
+        if found { set("0") } else { Ok(()) }
     })
+}
+
+fn set(value: &str) -> io::Result<()> {
+    for setting in SETTINGS {
+        match std::fs::write(setting, value) {
+            // Without IPv6 its settings are absent.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
 }
 
 async fn add_family(handle: &Handle, family: AddressFamily) -> io::Result<()> {

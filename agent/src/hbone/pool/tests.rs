@@ -114,17 +114,13 @@ async fn an_idle_connection_is_released_and_a_used_one_is_not() {
     assert_eq!(peer.dialled(), 2);
 }
 
-/// Dials servers of which the first is told to drain by the returned sender.
-fn draining_dial() -> (
-    Arc<AtomicUsize>,
-    tokio::sync::watch::Sender<bool>,
-    impl Fn() -> futures_util::future::Ready<Result<tokio::io::DuplexStream, &'static str>>,
-) {
-    let dials = Arc::new(AtomicUsize::new(0));
+#[tokio::test(start_paused = true)]
+async fn a_draining_peer_keeps_its_streams_and_gets_no_new_ones() {
+    let pool = pool();
+    let dials = AtomicUsize::new(0);
     let (drain, watch) = tokio::sync::watch::channel(false);
-    let count = dials.clone();
-    let dial = move || {
-        let first = count.fetch_add(1, Relaxed) == 0;
+    let dial = || {
+        let first = dials.fetch_add(1, Relaxed) == 0;
         let (near, far) = tokio::io::duplex(64 << 10);
         let mut watch = watch.clone();
         tokio::spawn(async move {
@@ -136,15 +132,8 @@ fn draining_dial() -> (
             };
             let _ = serve(far, &Settings::default(), crate::hbone::tests::answer, drained).await;
         });
-        futures_util::future::ready(Ok(near))
+        std::future::ready(Ok::<_, &str>(near))
     };
-    (dials, drain, dial)
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_draining_peer_keeps_its_streams_and_gets_no_new_ones() {
-    let pool = pool();
-    let (dials, drain, dial) = draining_dial();
     let mut old = pool.connect(&key(1), &headers(ECHO), &dial).await.unwrap().stream;
     drain.send(true).unwrap();
     ping(&mut old).await;

@@ -109,6 +109,26 @@ async fn requests_that_are_reset_at_once_do_not_pile_up() {
     assert!(MOST.load(Relaxed) <= 8);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_connection_whose_window_is_held_by_stalled_readers_is_retired() {
+    let (near, _task) = served(Settings::default());
+    let (mut send, connection) = h2::client::handshake(near).await.unwrap();
+    tokio::spawn(connection);
+    let pour = HttpRequest::connect("10.0.0.1:6").body(()).unwrap();
+    let (response, _stream) = send.send_request(pour, false).unwrap();
+    let mut stalled = response.await.unwrap().into_body();
+    let first = stalled.data().await.unwrap().unwrap();
+    let retired = async {
+        while let Ok(ready) = send.clone().ready().await {
+            drop(ready);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, retired).await.expect("goes on with a used-up window");
+    stalled.flow_control().release_capacity(first.len()).unwrap();
+    assert!(stalled.data().await.unwrap().is_ok(), "its streams go on");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
