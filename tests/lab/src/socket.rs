@@ -137,6 +137,5 @@ fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 fn set_int(socket: impl AsFd, level: i32, name: i32, value: i32) -> io::Result<()> {
     let (fd, length) = (socket.as_fd().as_raw_fd(), size_of_val(&value) as libc::socklen_t);
     // SAFETY: the pointer is to a live value of the length given.
-    check(unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), length) })
-        .map(drop)
+    check(unsafe { libc::setsockopt(fd, level, name, (&raw const value).cast(), length) }).map(drop)
 }
