@@ -4,6 +4,9 @@
 
 #![forbid(unsafe_code)]
 
+pub mod figures;
+pub mod load;
+
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;

@@ -96,10 +96,10 @@ impl Enrolment {
         let snapshot = self.node.mesh.snapshot();
         let mut ours = HashMap::new();
         for settings in wanted {
-            if let Some(workload) = snapshot.workload(&settings.workload) {
-                if workload.node == self.node.name {
-                    ours.insert(settings.workload.clone(), (settings, workload.clone()));
-                }
+            if let Some(workload) = snapshot.workload(&settings.workload)
+                && workload.node == self.node.name
+            {
+                ours.insert(settings.workload.clone(), (settings, workload.clone()));
             }
         }
         self.part(&ours).await;
@@ -154,10 +154,9 @@ impl Enrolment {
                 tokio::time::sleep(LINGER).await;
             }
             let again = node.mesh.pods();
-            if again.iter().all(|other| other.netns.cookie() != pod.netns.cookie()) {
-                if let Err(error) = pod.netns.remove_return_route() {
-                    tracing::debug!(workload = %pod.uid, %error, "the return route stays");
-                }
+            let stays = again.iter().any(|other| other.netns.cookie() == pod.netns.cookie());
+            if !stays && let Err(error) = pod.netns.remove_return_route() {
+                tracing::debug!(workload = %pod.uid, %error, "the return route stays");
             }
         });
     }
@@ -309,17 +308,11 @@ impl Enrolment {
             self.unready = Some(self.readiness.open(WORKLOAD_PROXY_MANAGER));
         }
     }
-
-    /// Tunnels take no new streams; listeners close by the drain itself.
-    pub fn drain(&self) {
-        for enrolled in self.enrolled.values() {
-            enrolled.pod.pool.drain();
-        }
-    }
 }
 
 /// Whether the name still leads to the namespace that was opened.
 fn is_still(name: &NetnsRef, opened: &Netns) -> bool {
     let Ok(own) = opened.metadata() else { return false };
-    fs::metadata(name.path()).is_ok_and(|named| (named.dev(), named.ino()) == (own.dev(), own.ino()))
+    fs::metadata(name.path())
+        .is_ok_and(|named| (named.dev(), named.ino()) == (own.dev(), own.ino()))
 }

@@ -38,9 +38,7 @@ pub(super) async fn explain(
         return Ok(story.told);
     }
     let request = Outbound { source: &source, client, destination: target };
-    let routed = decide(node, |view| {
-        route::route(view, &request, &mut SmallRng::seed_from_u64(0))
-    });
+    let routed = decide(node, |view| route::route(view, &request, &mut SmallRng::seed_from_u64(0)));
     match routed.await {
         Ok(routed) => story.follow(node, &source, client, routed).await,
         Err(no_route) => story.refused("route", &no_route.to_string(), "no route"),
@@ -210,7 +208,11 @@ impl Story {
                     self.judge(node, source, client, *target, &tunnel.authority, &next_hop).await;
                 } else {
                     let why = "the waypoint applies its own policies and goes on by itself";
-                    self.step("waypoint", format!("decides on {}", tunnel.authority), why.to_owned());
+                    self.step(
+                        "waypoint",
+                        format!("decides on {}", tunnel.authority),
+                        why.to_owned(),
+                    );
                 }
             }
         }
@@ -254,7 +256,11 @@ impl Story {
         match decide(node, |view| admit::admit(view, &inbound)).await {
             Err(refusal) => self.refused("admit", &refusal.to_string(), "destination agent"),
             Ok(admission) => {
-                self.step("admit", format!("deliver to {}", admission.to), "destination agent".into());
+                self.step(
+                    "admit",
+                    format!("deliver to {}", admission.to),
+                    "destination agent".into(),
+                );
                 self.authorize(node, local, &admission.connection);
             }
         }

@@ -7,10 +7,11 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use culvert_abi::{HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT};
 use culvert_core::tables::NetnsCookie;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::sys;
 
@@ -87,8 +88,8 @@ impl Netns {
     pub fn listen(&self) -> io::Result<Listeners> {
         self.run(|| {
             Ok(Listeners {
-                outbound: listen(OUTBOUND_PORT)?,
-                plaintext: listen(PLAINTEXT_PORT)?,
+                outbound: resetting(listen(OUTBOUND_PORT)?)?,
+                plaintext: resetting(listen(PLAINTEXT_PORT)?)?,
                 hbone: listen(HBONE_PORT)?,
             })
         })?
@@ -180,6 +181,13 @@ fn try_listen(port: u16) -> io::Result<TcpListener> {
     // The namespace's net.core.somaxconn bounds it.
     socket.listen(libc::c_int::MAX)?;
     Ok(socket.into())
+}
+
+/// What is accepted ends with a reset, unless the agent finds that both sides have finished: an
+/// agent that is killed must not make a cut-off answer look complete.
+fn resetting(listener: TcpListener) -> io::Result<TcpListener> {
+    SockRef::from(&listener).set_linger(Some(Duration::ZERO))?;
+    Ok(listener)
 }
 
 fn prepare(socket: &Socket) -> io::Result<()> {

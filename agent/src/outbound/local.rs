@@ -44,11 +44,7 @@ pub(super) async fn carry(captured: Captured<'_>, to: AppAddr, destination: Arc<
         Err(error) => {
             let error = format!("connection failed: {error}");
             inbound.close(Err(Failure::new(ResponseFlag::Connect, error.clone())));
-            return refuse(
-                flow.captured.tcp,
-                source,
-                Failure::new(ResponseFlag::Connect, error),
-            );
+            return refuse(flow.captured.tcp, source, Failure::new(ResponseFlag::Connect, error));
         }
     };
     let Captured { tcp, drain, pod: own, .. } = flow.captured;
@@ -146,11 +142,7 @@ impl Flow<'_> {
         })
     }
 
-    fn register_source(
-        &self,
-        identities: &(Identity, Identity),
-        open: &OpenConnection,
-    ) -> Guard {
+    fn register_source(&self, identities: &(Identity, Identity), open: &OpenConnection) -> Guard {
         let (src, pod) = (self.captured.client.addr(), self.captured.pod);
         self.captured.node.connections.register(LiveConnection {
             direction: Direction::Outbound,

@@ -2,39 +2,29 @@
 
 use std::io::{self, Read};
 use std::net::Shutdown;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-/// Resets the connection when dropped, unless it was declared finished.
-pub(super) struct Tcp {
-    stream: TcpStream,
-    finished: AtomicBool,
-}
+/// A connection that ends with a reset unless it was declared finished: when this is dropped, and
+/// also when the process is killed, for the kernel then closes it as the socket is set.
+pub(super) struct Tcp(TcpStream);
 
 impl Tcp {
     pub(super) fn new(stream: TcpStream) -> Self {
-        Self { stream, finished: AtomicBool::new(false) }
+        // Without it the peer sees FIN; there is nobody to report a failure to.
+        let _ = stream.set_zero_linger();
+        Self(stream)
     }
 
     pub(super) fn stream(&self) -> &TcpStream {
-        &self.stream
+        &self.0
     }
 
     /// Both directions have ended cleanly: dropping closes in the ordinary way.
     pub(super) fn finished(&self) {
-        self.finished.store(true, Relaxed);
-    }
-}
-
-impl Drop for Tcp {
-    fn drop(&mut self) {
-        if !self.finished.load(Relaxed) {
-            // Without it the peer sees FIN; there is nobody to report a failure to.
-            let _ = self.stream.set_zero_linger();
-        }
+        let _ = SockRef::from(&self.0).set_linger(None);
     }
 }
 
