@@ -164,7 +164,8 @@ fn start_capture(config: &Config, first: &MeshFile) -> anyhow::Result<Capture> {
         Some(path) => Netns::open(path).context("culvert.nodeNetns")?,
         None => Netns::current()?,
     };
-    let log_level = match config.log.directives.contains("debug") {
+    let logs = |level| config.log.directives.contains(level);
+    let log_level = match logs("debug") || logs("trace") {
         true => LevelFilter::DEBUG,
         false => LevelFilter::OFF,
     };

@@ -34,6 +34,8 @@ pub(super) type PodTable = Arc<Mutex<HashMap<Arc<str>, PodRow>>>;
 pub(super) struct PodRow {
     pub netns: NetnsRef,
     pub cookie: Option<u64>,
+    /// How it is captured; `None` when it is not.
+    pub spec: Option<PodSpec>,
     /// Why it is not enrolled.
     pub failed: Option<String>,
 }
@@ -192,8 +194,8 @@ impl Enrolment {
             }
             Err(error) => {
                 let told = error.to_string();
-                let row =
-                    PodRow { netns: settings.netns.clone(), cookie: None, failed: Some(told) };
+                let netns = settings.netns.clone();
+                let row = PodRow { netns, cookie: None, spec: None, failed: Some(told) };
                 let before = self.table.lock().insert(uid.clone(), row.clone());
                 if before.is_none_or(|before| before.failed != row.failed) {
                     tracing::error!(workload = %uid, %error, "cannot enrol pod");
@@ -292,7 +294,8 @@ impl Enrolment {
         table.retain(|uid, _| ours.contains_key(uid));
         for (uid, enrolled) in &self.enrolled {
             let cookie = Some(enrolled.pod.netns.cookie().0);
-            let row = PodRow { netns: enrolled.netns.clone(), cookie, failed: None };
+            let (netns, spec) = (enrolled.netns.clone(), Some(enrolled.spec.clone()));
+            let row = PodRow { netns, cookie, spec, failed: None };
             table.insert(uid.clone(), row);
         }
         drop(table);

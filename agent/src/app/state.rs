@@ -252,7 +252,7 @@ impl AdminState for State {
         src: &'a str,
         dst: &'a str,
     ) -> BoxFuture<'a, Result<Explanation, ExplainError>> {
-        explain::explain(&self.node, src, dst).boxed()
+        explain::explain(&self.node, &self.pods, src, dst).boxed()
     }
 
     fn shutdown(&self) {

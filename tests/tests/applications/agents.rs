@@ -164,9 +164,7 @@ pub fn draining_agent_lets_finish(ground: &mut Ground) -> Result<()> {
         let lasting = pairs(ground, "server")?;
         let agent = ground.agent(node)?;
         agent.process().signal(TERMINATE)?;
-        wait::until("the drain to begin", LIMIT, || {
-            agent.log().contains("draining")
-        })?;
+        wait::until("the drain to begin", LIMIT, || agent.log().contains("draining"))?;
         for mut pair in finishing.drain(..) {
             pair.talk().with_context(|| format!("while {node} drains"))?;
             pair.finish().with_context(|| format!("while {node} drains"))?;

@@ -358,7 +358,8 @@ pub fn stalled_readers_hold_up_nobody(stage: &Stage) -> Result<()> {
             }
         }
         writing = writing || {
-            let wait = |pair: &Pair| socket::writable_within(&pair.client, Duration::from_millis(2));
+            let wait =
+                |pair: &Pair| socket::writable_within(&pair.client, Duration::from_millis(2));
             stalled.iter().map(wait).collect::<std::io::Result<Vec<_>>>()?.contains(&true)
         };
     }

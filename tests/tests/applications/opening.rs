@@ -194,8 +194,8 @@ pub fn v4_mapped_connects(stage: &Stage) -> Result<()> {
         IpAddr::V4(ip) => IpAddr::V6(ip.to_ipv6_mapped()),
         IpAddr::V6(ip) => IpAddr::V6(ip),
     };
-    let client = stage
-        .inside("client", || Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)))?;
+    let client =
+        stage.inside("client", || Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)))?;
     let destination = SocketAddr::new(mapped(to.ip()), to.port());
     client.connect_timeout(&destination.into(), LIMIT)?;
     let client = TcpStream::from(client);
