@@ -19,7 +19,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use aya::maps::{MapData, MapError, SkStorage};
@@ -233,7 +232,7 @@ impl Capture {
             if waited > WITHDRAW_LIMIT || (under_way == 0 && waited > CONNECT_GRACE) {
                 break;
             }
-            thread::sleep(Duration::from_millis(1));
+            std::thread::park_timeout(Duration::from_millis(1));
         }
         self.forget(&mut maps, cookie)
     }

@@ -51,7 +51,13 @@ struct Captured<'a> {
     drain: DrainWatch,
 }
 
-async fn carry(node: &Arc<Node>, pod: &Arc<Pod>, tcp: TcpStream, peer: SocketAddr, drain: DrainWatch) {
+async fn carry(
+    node: &Arc<Node>,
+    pod: &Arc<Pod>,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    drain: DrainWatch,
+) {
     let _open = node.telemetry.socket_opened(Reporter::Source);
     let failed = |tcp: TcpStream, client, dst, error: &dyn std::fmt::Display| {
         node.telemetry.failed_early(Reporter::Source, client, dst, error);
@@ -72,9 +78,8 @@ async fn carry(node: &Arc<Node>, pod: &Arc<Pod>, tcp: TcpStream, peer: SocketAdd
     // One seed for all rounds of the decision, so that it draws the endpoint that it asked about.
     let seed = rand::rng().random();
     let request = Outbound { source: &source, client: client.ip(), destination: original };
-    let decided = decide(node, |view| {
-        route::route(view, &request, &mut SmallRng::seed_from_u64(seed))
-    });
+    let decided =
+        decide(node, |view| route::route(view, &request, &mut SmallRng::seed_from_u64(seed)));
     let routed = match decided.await {
         Ok(routed) => routed,
         Err(error) => return failed(tcp, client.addr(), original.addr(), &error),

@@ -41,7 +41,7 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let started = Instant::now();
     while !holds() {
         assert!(started.elapsed() < LIMIT, "{what}: not within {LIMIT:?}");
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::park_timeout(Duration::from_millis(2));
     }
 }
 
@@ -185,7 +185,7 @@ pub fn accept(listener: &TcpListener) -> TcpStream {
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                 assert!(started.elapsed() < LIMIT, "no connection arrived");
-                std::thread::sleep(Duration::from_millis(1));
+                std::thread::park_timeout(Duration::from_millis(1));
             }
             Err(error) => panic!("accept: {error}"),
         }

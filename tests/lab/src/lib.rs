@@ -35,6 +35,7 @@ pub mod lab;
 
 pub mod http;
 pub mod poll;
+pub mod socket;
 pub mod wire;
 
 pub mod agent;
