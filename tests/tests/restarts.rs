@@ -51,12 +51,15 @@ fn is_not_empty(folder: &Path) -> bool {
     std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some())
 }
 
+/// A moment of an agent's start, and how to tell that it has come.
+type Moment<'m> = (&'m str, &'m dyn Fn(&Agent) -> bool);
+
 #[test]
 fn agent_killed_at_any_moment_of_its_start_leaves_nothing_that_the_next_cannot_take_up() {
     let mesh = mesh();
     let _b = mesh.agent("b", &binary()).unwrap();
     let pins = mesh.lab().pin_path("a");
-    let moments: [(&str, &dyn Fn(&Agent) -> bool); 6] = [
+    let moments: [Moment<'_>; 6] = [
         ("it has begun", &|_| true),
         ("the first map", &|_| is_not_empty(&pins.join("maps"))),
         ("the first link", &|_| is_not_empty(&pins.join("links"))),
@@ -157,5 +160,27 @@ fn agents_restarted_again_and_again_under_load_lose_no_answer() {
     // What could not be answered was refused or reset, never cut off and never left hanging.
     assert_eq!((tally.cut, tally.others.as_slice()), (0, [].as_slice()), "{tally}");
     let ledger = wire.finish().unwrap();
-    assert!(ledger.only_tls() && ledger.attempts.get(&PORT).is_none(), "{ledger}");
+    assert!(ledger.only_tls() && !ledger.attempts.contains_key(&PORT), "{ledger}");
+}
+
+#[test]
+fn corrected_addresses_of_an_enrolled_pod_count_from_then_on() {
+    let mesh = mesh();
+    let right = std::fs::read_to_string(mesh.config()).unwrap();
+    let (own, wrong) = (mesh.pod("client").v4().to_string(), "10.244.1.77");
+    let (path, new) = (mesh.lab().state().join("own.yaml"), mesh.lab().state().join("new.yaml"));
+    std::fs::write(&path, right.replace(&own, wrong)).unwrap();
+    let a = mesh.agent_with("a", &AgentOptions::new(&binary(), &path)).unwrap();
+    let _b = mesh.agent("b", &binary()).unwrap();
+    let to = mesh.pod("server").v4().into();
+    let error = call(&mesh, "client", (to, PORT), "hello").expect_err("with a wrong address");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+
+    std::fs::write(&new, &right).unwrap();
+    std::fs::rename(&new, &path).unwrap();
+    wait::until("the right address", wait::SOON, || {
+        a.admin("/culvert/pods").unwrap().body.contains(&own)
+    })
+    .unwrap();
+    assert_answered(&mesh, &["near", "server"]);
 }
