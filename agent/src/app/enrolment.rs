@@ -215,7 +215,7 @@ impl Enrolment {
         let netns = Arc::new(Netns::open(settings.netns.path())?);
         let listeners = netns.listen().map_err(EnrolError::Listen)?;
         let pool = Pool::new(self.node.tunnels.clone());
-        let pod = Pod::new(uid.clone(), netns.clone(), spec.addresses.clone(), pool);
+        let pod = Pod::new(uid.clone(), netns.clone(), pool);
         let pod = Arc::new(pod);
         let serving = self.serve(&pod, &listeners).map_err(EnrolError::Listen)?;
         let enrolled =
