@@ -20,14 +20,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::level_filters::LevelFilter;
 
-use crate::admin::readiness::{PROXY, Readiness, STATE_MANAGER};
+use crate::admin::readiness::{OpenTask, PROXY, Readiness, STATE_MANAGER};
 use crate::admin::{AdminAddrs, AdminServers, Sources};
 use crate::ca::{Certificates, EmbeddedCa};
 use crate::capture::{Capture, CaptureOptions, Netns};
 use crate::config::{Config, MeshSettings};
 use crate::connections::Connections;
 use crate::drain::{self, DrainEnd};
-use crate::file::{FileSource, FileUpdate, MeshFile};
+use crate::file::{FileSource, FileUpdate, MeshFile, PodSettings};
 use crate::node::{Mesh, Node, Options};
 use crate::recheck::recheck;
 use crate::telemetry::Telemetry;
@@ -45,66 +45,58 @@ const LOOK_AFTER_PODS: Duration = Duration::from_secs(1);
 /// Runs the agent until it is told to stop and its connections are drained.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let log = start_log(&config)?;
-    let started = Instant::now();
     let readiness = Readiness::default();
     let (loading, starting) = (readiness.open(STATE_MANAGER), readiness.open(PROXY));
-    let (first, mut source) = FileSource::open(&config.file).await?;
-    let mesh = config.mesh(&first.culvert.stated())?;
-    let snapshot = Arc::new(Mesh::new(Snapshot::default().with(first.changes.iter().cloned())));
+    let (first, source) = FileSource::open(&config.file).await?;
+    let settings = config.mesh(&first.culvert.stated())?;
+    let node = Arc::new(make_node(&config, &settings, &first)?);
     drop(loading);
 
-    let capture = Arc::new(start_capture(&config, &first)?);
-    let certificates = start_certificates(&config, &mesh, &first, &snapshot)?;
-    let telemetry = Telemetry::new(Some(config.istio_version.to_string()), Some(&Handle::current()));
-    let node = Arc::new(Node {
-        name: config.node.clone(),
-        network: mesh.network.clone(),
-        mesh: snapshot,
-        capture,
-        certificates: Arc::new(certificates),
-        telemetry,
-        connections: Connections::default(),
-        tunnels: tunnel_settings(&config),
-        keepalive: config.keepalive,
-        options: Options {
-            response_baggage: config.response_baggage,
-            log_policy_at_info: config.log_policy_decisions,
-        },
-    });
-    if let Some(logs) = node.capture.logs() {
-        tokio::spawn(logs.forward());
-    }
     let (trigger, draining) = drain::drain();
-    let mut enrolment = Enrolment::new(node.clone(), readiness.clone(), draining.clone());
-    let (stop, mut stopped) = mpsc::channel(1);
+    let enrolment = Enrolment::new(node.clone(), readiness.clone(), draining.clone());
+    let (stop, stopped) = mpsc::channel(1);
     let state = Arc::new(State {
         node: node.clone(),
         config: Arc::new(config),
-        mesh,
+        mesh: settings,
         pods: enrolment.table(),
         source: source.status(),
-        started,
+        started: Instant::now(),
         stop,
     });
     state.watch();
     node.telemetry.watch_log(&log);
-    let sources = Sources {
-        telemetry: node.telemetry.clone(),
-        readiness,
-        log,
-        state: state.clone(),
-    };
     let servers = AdminServers::bind(&admin_addrs(&state.config)).await?;
+    let telemetry = node.telemetry.clone();
+    let sources = Sources { telemetry, readiness, log, state: state.clone() };
     let serving = tokio::spawn(servers.serve(sources, draining));
     tokio::spawn(recheck(node.clone()));
 
-    let mut wanted = first.culvert.pods;
+    follow(&node, enrolment, first.culvert.pods, source, stopped, starting).await?;
+    let deadline = state.config.drain_deadline;
+    tracing::info!(?deadline, "draining: no new connections");
+    node.mesh.pods().iter().for_each(|pod| pod.pool.drain());
+    if let DrainEnd::Expired = trigger.begin(deadline).await {
+        tracing::info!("the drain's deadline has passed: open connections are reset");
+    }
+    serving.abort();
+    Ok(())
+}
+
+/// Follows the file and looks after the pods until the agent is told to stop.
+async fn follow(
+    node: &Node,
+    mut enrolment: Enrolment,
+    mut wanted: Vec<PodSettings>,
+    mut source: FileSource,
+    mut stopped: mpsc::Receiver<()>,
+    starting: OpenTask,
+) -> anyhow::Result<()> {
+    let (mut terminate, mut interrupt) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     enrolment.reconcile(&wanted).await;
     drop(starting);
     tracing::info!(node = %node.name, version = env!("CARGO_PKG_VERSION"), "culvert is up");
-
-    let (mut terminate, mut interrupt) =
-        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut look_after = tokio::time::interval(LOOK_AFTER_PODS);
     look_after.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -121,20 +113,36 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 }
             },
             _ = look_after.tick() => enrolment.reconcile(&wanted).await,
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
-            _ = stopped.recv() => break,
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = stopped.recv() => return Ok(()),
         }
     }
-    let deadline = state.config.drain_deadline;
-    tracing::info!(?deadline, "draining: no new connections");
-    enrolment.drain();
-    drop(enrolment);
-    if let DrainEnd::Expired = trigger.begin(deadline).await {
-        tracing::info!("the drain's deadline has passed: open connections are reset");
+}
+
+fn make_node(config: &Config, settings: &MeshSettings, first: &MeshFile) -> anyhow::Result<Node> {
+    let mesh = Arc::new(Mesh::new(Snapshot::default().with(first.changes.iter().cloned())));
+    let capture = Arc::new(start_capture(config, first)?);
+    let certificates = Arc::new(start_certificates(config, settings, first, &mesh)?);
+    if let Some(logs) = capture.logs() {
+        tokio::spawn(logs.forward());
     }
-    serving.abort();
-    Ok(())
+    let version = Some(config.istio_version.to_string());
+    Ok(Node {
+        name: config.node.clone(),
+        network: settings.network.clone(),
+        mesh,
+        capture,
+        certificates,
+        telemetry: Telemetry::new(version, Some(&Handle::current())),
+        connections: Connections::default(),
+        tunnels: tunnel_settings(config),
+        keepalive: config.keepalive,
+        options: Options {
+            response_baggage: config.response_baggage,
+            log_policy_at_info: config.log_policy_decisions,
+        },
+    })
 }
 
 /// The log goes to standard error, from a thread of its own; it ends with the process.
@@ -156,7 +164,8 @@ fn start_capture(config: &Config, first: &MeshFile) -> anyhow::Result<Capture> {
         Some(path) => Netns::open(path).context("culvert.nodeNetns")?,
         None => Netns::current()?,
     };
-    let log_level = match config.log.directives.contains("debug") {
+    let logs = |level| config.log.directives.contains(level);
+    let log_level = match logs("debug") || logs("trace") {
         true => LevelFilter::DEBUG,
         false => LevelFilter::OFF,
     };
@@ -183,9 +192,8 @@ fn start_certificates(
     make_private(&config.state_dir)?;
     let (snapshot, node) = (snapshot.clone(), config.node.clone());
     let may_issue = Arc::new(move |identity: &Identity| {
-        let is_ours = |workload: &Arc<Workload>| {
-            workload.node == node && workload.identity() == *identity
-        };
+        let is_ours =
+            |workload: &Arc<Workload>| workload.node == node && workload.identity() == *identity;
         snapshot.snapshot().workloads().any(is_ours)
     });
     let (ttl, domain) = (first.culvert.ca.ttl, mesh.trust_domain.clone());

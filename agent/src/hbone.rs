@@ -28,6 +28,7 @@ mod stream;
 mod windows;
 mod wire;
 
+pub use h2::Reason;
 pub use headers::ConnectHeaders;
 pub use pool::{Pool, PoolKey};
 pub use server::{Request, serve};

@@ -14,8 +14,8 @@ pub mod outbound;
 pub mod decide;
 pub mod recheck;
 
-pub mod capture;
 pub mod accept;
+pub mod capture;
 pub mod node;
 pub mod pods;
 pub mod session;

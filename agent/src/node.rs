@@ -69,8 +69,13 @@ impl Node {
     }
 
     /// Judges a connection to `local` by the policies of now, and tells of the judgement.
+    ///
+    /// The connection must be registered: what changes after this is for `recheck` to find. Hence it
+    /// also takes the workload as it is now, whatever the caller has seen of it before.
     pub fn authorize(&self, local: &Workload, connection: &Connection) -> Result<Permit, Denied> {
-        let judgement = authorize::authorize(&self.mesh.snapshot(), local, connection);
+        let snapshot = self.mesh.snapshot();
+        let local = snapshot.workload(&local.uid).map_or(local, |now| now);
+        let judgement = authorize::authorize(&snapshot, local, connection);
         for policy in &judgement.missing {
             tracing::warn!(workload = %local.uid, %policy, "policy is not known, skipped");
         }

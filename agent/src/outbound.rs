@@ -1,6 +1,6 @@
 //! The corridor of connections that an enrolled pod opens: original destination, route, relay.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use culvert_core::addr::{ClientAddr, OriginalDst};
@@ -51,7 +51,13 @@ struct Captured<'a> {
     drain: DrainWatch,
 }
 
-async fn carry(node: &Arc<Node>, pod: &Arc<Pod>, tcp: TcpStream, peer: SocketAddr, drain: DrainWatch) {
+async fn carry(
+    node: &Arc<Node>,
+    pod: &Arc<Pod>,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    drain: DrainWatch,
+) {
     let _open = node.telemetry.socket_opened(Reporter::Source);
     let failed = |tcp: TcpStream, client, dst, error: &dyn std::fmt::Display| {
         node.telemetry.failed_early(Reporter::Source, client, dst, error);
@@ -64,17 +70,16 @@ async fn carry(node: &Arc<Node>, pod: &Arc<Pod>, tcp: TcpStream, peer: SocketAdd
         Ok(None) => return failed(tcp, peer, own, &"no original destination"),
         Err(error) => return failed(tcp, peer, own, &error),
     };
-    let client = ClientAddr::new(pod.client_addr(peer, original.ip()));
     let source = match node.workload_of(pod).await {
         Ok(source) => source,
-        Err(error) => return failed(tcp, client.addr(), original.addr(), &error),
+        Err(error) => return failed(tcp, peer, original.addr(), &error),
     };
+    let client = ClientAddr::new(client_addr(peer, &source, original.ip()));
     // One seed for all rounds of the decision, so that it draws the endpoint that it asked about.
     let seed = rand::rng().random();
     let request = Outbound { source: &source, client: client.ip(), destination: original };
-    let decided = decide(node, |view| {
-        route::route(view, &request, &mut SmallRng::seed_from_u64(seed))
-    });
+    let decided =
+        decide(node, |view| route::route(view, &request, &mut SmallRng::seed_from_u64(seed)));
     let routed = match decided.await {
         Ok(routed) => routed,
         Err(error) => return failed(tcp, client.addr(), original.addr(), &error),
@@ -88,4 +93,15 @@ async fn carry(node: &Arc<Node>, pod: &Arc<Pod>, tcp: TcpStream, peer: SocketAdd
         Route::Local { to, workload } => local::carry(captured, to, workload).await,
         Route::Tunnel { tunnel, next_hop } => tunnel::carry(captured, tunnel, next_hop).await,
     }
+}
+
+/// The address that a captured connection really comes from: on its way to the agent the kernel
+/// programs may have led it over loopback, where it keeps its port.
+fn client_addr(peer: SocketAddr, source: &Workload, destination: IpAddr) -> SocketAddr {
+    if !peer.ip().is_loopback() {
+        return peer;
+    }
+    let family = |ip: &&IpAddr| ip.is_ipv4() == destination.is_ipv4();
+    let own = source.addresses.iter().find(family).copied();
+    SocketAddr::new(own.unwrap_or(peer.ip()), peer.port())
 }

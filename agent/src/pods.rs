@@ -1,6 +1,5 @@
 //! A pod of this node while it is enrolled: its namespace, its tunnels, its listeners.
 
-use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
@@ -13,8 +12,6 @@ pub struct Pod {
     /// The uid of its workload.
     pub uid: Arc<str>,
     pub netns: Arc<Netns>,
-    /// As configured for its workload.
-    pub addresses: Vec<IpAddr>,
     /// Its tunnels to other nodes and to waypoints.
     pub pool: Pool,
     leaving: CancellationToken,
@@ -23,20 +20,9 @@ pub struct Pod {
 }
 
 impl Pod {
-    pub fn new(uid: Arc<str>, netns: Arc<Netns>, addresses: Vec<IpAddr>, pool: Pool) -> Self {
+    pub fn new(uid: Arc<str>, netns: Arc<Netns>, pool: Pool) -> Self {
         let (leaving, closed, gone) = Default::default();
-        Self { uid, netns, addresses, pool, leaving, closed, gone }
-    }
-
-    /// The address that a captured connection really comes from: on its way to the agent the kernel
-    /// programs may have led it over loopback, where it keeps its port.
-    pub fn client_addr(&self, peer: SocketAddr, destination: IpAddr) -> SocketAddr {
-        if !peer.ip().is_loopback() {
-            return peer;
-        }
-        let family = |ip: &&IpAddr| ip.is_ipv4() == destination.is_ipv4();
-        let own = self.addresses.iter().find(family).copied();
-        SocketAddr::new(own.unwrap_or(peer.ip()), peer.port())
+        Self { uid, netns, pool, leaving, closed, gone }
     }
 
     /// It takes no new streams on its tunnels; peers are told to go elsewhere.

@@ -4,12 +4,18 @@
 
 #![forbid(unsafe_code)]
 
+pub mod figures;
+pub mod load;
+pub mod peer;
+
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use culvert_lab::mesh::Running;
+
+pub mod expect;
 
 /// How long one step of a call may take.
 pub const LIMIT: Duration = Duration::from_secs(5);
@@ -53,6 +59,16 @@ pub fn echo(mut stream: TcpStream, _peer: SocketAddr) {
 pub fn who(mut stream: TcpStream, peer: SocketAddr) {
     // A caller that has gone away need not be told.
     let _ = write!(stream, "{}", peer.ip());
+}
+
+/// Sends a word over a connection, half-closes, and gives what comes back.
+pub fn exchange(mut stream: TcpStream) -> io::Result<String> {
+    stream.set_read_timeout(Some(LIMIT))?;
+    stream.write_all(b"ping")?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
 }
 
 /// Connects from `pod`, with time limits on everything after.

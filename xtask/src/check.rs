@@ -80,10 +80,10 @@ fn rules() -> Result<String> {
 }
 
 fn format() -> Result<String> {
-    shell::quietly(shell::cargo().args(["fmt", "--all", "--check"]))?;
+    shell::quietly(shell::cargo().args(["fmt", "--all", "--check", "--", "-l"]))?;
     // The kernel programs are a workspace of their own.
     if shell::root().join("ebpf/Cargo.toml").exists() {
-        let manifest = ["fmt", "--manifest-path", "ebpf/Cargo.toml", "--check"];
+        let manifest = ["fmt", "--manifest-path", "ebpf/Cargo.toml", "--check", "--", "-l"];
         shell::quietly(shell::cargo().args(manifest))?;
     }
     Ok(String::new())

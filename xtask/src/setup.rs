@@ -97,6 +97,7 @@ fn needs(purpose: Purpose) -> Vec<Need> {
     let mut needs = vec![
         need("a C compiler", || shell::find("cc").is_some(), &["gcc", "libc6-dev"], None),
         kernel_toolchain(),
+        need("LLVM 22", has_llvm, &["llvm-22-dev"], None),
         need("bpf-linker", || shell::find("bpf-linker").is_some(), &[], Some(install_bpf_linker)),
     ];
     if matches!(purpose, Purpose::Test | Purpose::Demo) {
@@ -135,7 +136,7 @@ fn need(
 /// Either rustup's nightly with the library's source, or the compiler that Debian builds browsers
 /// with, which is new enough and may be told to behave like a nightly.
 fn kernel_toolchain() -> Need {
-    let debian = &["rustc-web", "cargo-web", "rust-web-src", "llvm-22-dev"];
+    let debian = &["rustc-web", "cargo-web", "rust-web-src"];
     let what =
         "a Rust toolchain with library source (rustup toolchain install nightly -c rust-src)";
     need(what, || has_nightly_source() || has_debian_source(), debian, None)
@@ -149,12 +150,15 @@ fn has_nightly_source() -> bool {
 }
 
 fn has_debian_source() -> bool {
-    let parts =
-        ["/usr/bin/rustc", "/usr/bin/cargo", "/usr/lib/llvm-22/bin/llvm-config", DEBIAN_SOURCE];
+    let parts = ["/usr/bin/rustc", "/usr/bin/cargo", "/usr/lib/rustlib/src/rust/library/core"];
     parts.iter().all(|path| Path::new(path).exists())
 }
 
-const DEBIAN_SOURCE: &str = "/usr/lib/rustlib/src/rust/library/core";
+/// What bpf-linker is built with, when it is not built with a nightly's own.
+fn has_llvm() -> bool {
+    let config = Path::new("/usr/lib/llvm-22/bin/llvm-config");
+    config.exists() || shell::find("bpf-linker").is_some() || has_nightly_source()
+}
 
 fn install_bpf_linker() -> Result<String> {
     let mut cargo = shell::cargo();

@@ -34,6 +34,8 @@ pub(super) type PodTable = Arc<Mutex<HashMap<Arc<str>, PodRow>>>;
 pub(super) struct PodRow {
     pub netns: NetnsRef,
     pub cookie: Option<u64>,
+    /// How it is captured; `None` when it is not.
+    pub spec: Option<PodSpec>,
     /// Why it is not enrolled.
     pub failed: Option<String>,
 }
@@ -94,10 +96,10 @@ impl Enrolment {
         let snapshot = self.node.mesh.snapshot();
         let mut ours = HashMap::new();
         for settings in wanted {
-            if let Some(workload) = snapshot.workload(&settings.workload) {
-                if workload.node == self.node.name {
-                    ours.insert(settings.workload.clone(), (settings, workload.clone()));
-                }
+            if let Some(workload) = snapshot.workload(&settings.workload)
+                && workload.node == self.node.name
+            {
+                ours.insert(settings.workload.clone(), (settings, workload.clone()));
             }
         }
         self.part(&ours).await;
@@ -152,10 +154,9 @@ impl Enrolment {
                 tokio::time::sleep(LINGER).await;
             }
             let again = node.mesh.pods();
-            if again.iter().all(|other| other.netns.cookie() != pod.netns.cookie()) {
-                if let Err(error) = pod.netns.remove_return_route() {
-                    tracing::debug!(workload = %pod.uid, %error, "the return route stays");
-                }
+            let stays = again.iter().any(|other| other.netns.cookie() == pod.netns.cookie());
+            if !stays && let Err(error) = pod.netns.remove_return_route() {
+                tracing::debug!(workload = %pod.uid, %error, "the return route stays");
             }
         });
     }
@@ -193,7 +194,8 @@ impl Enrolment {
             }
             Err(error) => {
                 let told = error.to_string();
-                let row = PodRow { netns: settings.netns.clone(), cookie: None, failed: Some(told) };
+                let netns = settings.netns.clone();
+                let row = PodRow { netns, cookie: None, spec: None, failed: Some(told) };
                 let before = self.table.lock().insert(uid.clone(), row.clone());
                 if before.is_none_or(|before| before.failed != row.failed) {
                     tracing::error!(workload = %uid, %error, "cannot enrol pod");
@@ -213,7 +215,7 @@ impl Enrolment {
         let netns = Arc::new(Netns::open(settings.netns.path())?);
         let listeners = netns.listen().map_err(EnrolError::Listen)?;
         let pool = Pool::new(self.node.tunnels.clone());
-        let pod = Pod::new(uid.clone(), netns.clone(), spec.addresses.clone(), pool);
+        let pod = Pod::new(uid.clone(), netns.clone(), pool);
         let pod = Arc::new(pod);
         let serving = self.serve(&pod, &listeners).map_err(EnrolError::Listen)?;
         let enrolled =
@@ -292,7 +294,8 @@ impl Enrolment {
         table.retain(|uid, _| ours.contains_key(uid));
         for (uid, enrolled) in &self.enrolled {
             let cookie = Some(enrolled.pod.netns.cookie().0);
-            let row = PodRow { netns: enrolled.netns.clone(), cookie, failed: None };
+            let (netns, spec) = (enrolled.netns.clone(), Some(enrolled.spec.clone()));
+            let row = PodRow { netns, cookie, spec, failed: None };
             table.insert(uid.clone(), row);
         }
         drop(table);
@@ -305,17 +308,11 @@ impl Enrolment {
             self.unready = Some(self.readiness.open(WORKLOAD_PROXY_MANAGER));
         }
     }
-
-    /// Tunnels take no new streams; listeners close by the drain itself.
-    pub fn drain(&self) {
-        for enrolled in self.enrolled.values() {
-            enrolled.pod.pool.drain();
-        }
-    }
 }
 
 /// Whether the name still leads to the namespace that was opened.
 fn is_still(name: &NetnsRef, opened: &Netns) -> bool {
     let Ok(own) = opened.metadata() else { return false };
-    fs::metadata(name.path()).is_ok_and(|named| (named.dev(), named.ino()) == (own.dev(), own.ino()))
+    fs::metadata(name.path())
+        .is_ok_and(|named| (named.dev(), named.ino()) == (own.dev(), own.ino()))
 }

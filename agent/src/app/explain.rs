@@ -13,7 +13,9 @@ use culvert_core::workload::Workload;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
+use super::enrolment::PodTable;
 use crate::admin::{ExplainError, ExplainStep, Explanation, Outcome};
+use crate::capture::PodSpec;
 use crate::decide::decide;
 use crate::node::Node;
 
@@ -21,24 +23,27 @@ use crate::node::Node;
 /// `host:port`), if the source were enrolled. Where endpoints are drawn, one of them is shown.
 pub(super) async fn explain(
     node: &Node,
+    pods: &PodTable,
     src: &str,
     dst: &str,
 ) -> Result<Explanation, ExplainError> {
     let snapshot = node.mesh.snapshot();
     let source = find_source(node, &snapshot, src)?;
-    let mut story = Story::new(src, dst);
+    let mut story = Story::new(src, dst, pods.clone());
     let target = find_destination(node, &snapshot, &source, dst, &mut story)?;
     let client = client_address(&source, src, target.ip());
     story.step("source", source.uid.to_string(), format!("identity {}", source.identity()));
+    if let Some(because) = story.left_alone(&source, target) {
+        story.leave_alone(node, &snapshot, client, target, because);
+        return Ok(story.told);
+    }
     let request = Outbound { source: &source, client, destination: target };
-    let routed = decide(node, |view| {
-        route::route(view, &request, &mut SmallRng::seed_from_u64(0))
-    });
+    let routed = decide(node, |view| route::route(view, &request, &mut SmallRng::seed_from_u64(0)));
     match routed.await {
         Ok(routed) => story.follow(node, &source, client, routed).await,
         Err(no_route) => story.refused("route", &no_route.to_string(), "no route"),
     }
-    Ok(story.0)
+    Ok(story.told)
 }
 
 fn find_source(node: &Node, snapshot: &Snapshot, src: &str) -> Result<Arc<Workload>, ExplainError> {
@@ -94,11 +99,22 @@ fn client_address(source: &Workload, src: &str, towards: IpAddr) -> IpAddr {
         .unwrap_or(towards)
 }
 
-struct Story(Explanation);
+struct Story {
+    told: Explanation,
+    pods: PodTable,
+}
+
+/// Why the kernel programs let a connection of an enrolled pod go its plain way.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum LeftAlone {
+    Own,
+    ExcludedPort,
+    ExcludedNetwork,
+}
 
 impl Story {
-    fn new(src: &str, dst: &str) -> Self {
-        Self(Explanation {
+    fn new(src: &str, dst: &str, pods: PodTable) -> Self {
+        let told = Explanation {
             source: src.to_owned(),
             destination: dst.to_owned(),
             steps: Vec::new(),
@@ -108,16 +124,64 @@ impl Story {
             path: None,
             via: None,
             authority: None,
-        })
+        };
+        Self { told, pods }
+    }
+
+    /// How a pod of this node is captured.
+    fn spec(&self, uid: &str) -> Option<PodSpec> {
+        self.pods.lock().get(uid)?.spec.clone()
+    }
+
+    fn left_alone(&self, source: &Workload, target: OriginalDst) -> Option<LeftAlone> {
+        let ip = target.ip();
+        if ip.is_loopback() || ip.is_unspecified() || source.addresses.contains(&ip) {
+            return Some(LeftAlone::Own);
+        }
+        let spec = self.spec(&source.uid)?;
+        if spec.exclude_outbound_ports.contains(&target.port()) {
+            return Some(LeftAlone::ExcludedPort);
+        }
+        let excluded = spec.exclude_outbound_cidrs.iter().any(|net| net.contains(&ip));
+        excluded.then_some(LeftAlone::ExcludedNetwork)
+    }
+
+    fn leave_alone(
+        &mut self,
+        node: &Node,
+        snapshot: &Snapshot,
+        client: IpAddr,
+        target: OriginalDst,
+        because: LeftAlone,
+    ) {
+        let text = match because {
+            LeftAlone::Own => "the pod speaks to itself",
+            LeftAlone::ExcludedPort => "excluded outbound port",
+            LeftAlone::ExcludedNetwork => "excluded outbound network",
+        };
+        self.step("capture", "left alone".to_owned(), text.to_owned());
+        self.told.via = Some(target.to_string());
+        self.told.outcome = Outcome::Allowed;
+        if because == LeftAlone::Own {
+            return;
+        }
+        let to = AppAddr::new(target.addr());
+        if let Some(service) = snapshot.service_at(&node.network, target.ip(), None) {
+            let because = format!("address of service {}", service.hostname);
+            self.step("route", "decided outside of the mesh".to_owned(), because);
+            self.told.outcome = Outcome::Unknown;
+        } else if let Some(workload) = snapshot.workload_at(&node.network, target.ip()) {
+            self.arrive_in_plain(node, workload, client, to);
+        }
     }
 
     fn step(&mut self, decision: &str, result: String, because: String) {
-        self.0.steps.push(ExplainStep { decision: decision.to_owned(), result, because });
+        self.told.steps.push(ExplainStep { decision: decision.to_owned(), result, because });
     }
 
     fn refused(&mut self, decision: &str, result: &str, because: &str) {
         self.step(decision, result.to_owned(), because.to_owned());
-        self.0.outcome = Outcome::Refused;
+        self.told.outcome = Outcome::Refused;
     }
 
     async fn follow(&mut self, node: &Node, source: &Workload, client: IpAddr, routed: Routed) {
@@ -129,12 +193,10 @@ impl Story {
             Route::Passthrough { to } => self.plain("passthrough", to, because),
             Route::Direct { to, workload } => {
                 self.plain("direct", to, because);
-                if workload.node == node.name && node.mesh.enrolled().contains(&workload.uid) {
-                    self.judge_plaintext(node, &workload, client, to);
-                }
+                self.arrive_in_plain(node, &workload, client, to);
             }
             Route::Local { to, workload } => {
-                self.0.path = Some("local".to_owned());
+                self.told.path = Some("local".to_owned());
                 self.step("route", format!("local to {to} ({})", workload.uid), because);
                 self.judge(node, source, client, to.addr(), &Authority::Addr(to.addr()), &workload)
                     .await;
@@ -146,23 +208,27 @@ impl Story {
                     self.judge(node, source, client, *target, &tunnel.authority, &next_hop).await;
                 } else {
                     let why = "the waypoint applies its own policies and goes on by itself";
-                    self.step("waypoint", format!("decides on {}", tunnel.authority), why.to_owned());
+                    self.step(
+                        "waypoint",
+                        format!("decides on {}", tunnel.authority),
+                        why.to_owned(),
+                    );
                 }
             }
         }
     }
 
     fn plain(&mut self, path: &str, to: AppAddr, because: String) {
-        self.0.path = Some(path.to_owned());
-        self.0.via = Some(to.to_string());
-        self.0.outcome = Outcome::Allowed;
+        self.told.path = Some(path.to_owned());
+        self.told.via = Some(to.to_string());
+        self.told.outcome = Outcome::Allowed;
         self.step("route", format!("plain TCP to {to}"), because);
     }
 
     fn tunnel(&mut self, tunnel: &Tunnel, next_hop: &Workload, because: String) {
-        self.0.path = Some("tunnel".to_owned());
-        self.0.via = Some(tunnel.via.to_string());
-        self.0.authority = Some(tunnel.authority.to_string());
+        self.told.path = Some("tunnel".to_owned());
+        self.told.via = Some(tunnel.via.to_string());
+        self.told.authority = Some(tunnel.authority.to_string());
         self.step("route", format!("HBONE to {} ({})", tunnel.via, next_hop.uid), because);
         let expect: Vec<_> = tunnel.expect.iter().map(ToString::to_string).collect();
         self.step("identity", expect.join(" or "), "what the next hop must prove".to_owned());
@@ -190,16 +256,36 @@ impl Story {
         match decide(node, |view| admit::admit(view, &inbound)).await {
             Err(refusal) => self.refused("admit", &refusal.to_string(), "destination agent"),
             Ok(admission) => {
-                self.step("admit", format!("deliver to {}", admission.to), "destination agent".into());
+                self.step(
+                    "admit",
+                    format!("deliver to {}", admission.to),
+                    "destination agent".into(),
+                );
                 self.authorize(node, local, &admission.connection);
             }
         }
     }
 
-    fn judge_plaintext(&mut self, node: &Node, local: &Workload, client: IpAddr, to: AppAddr) {
+    /// The destination's side of a connection without an identity, if the pod is captured.
+    fn arrive_in_plain(&mut self, node: &Node, local: &Workload, client: IpAddr, to: AppAddr) {
+        let is_elsewhere = local.node != node.name;
+        let spec = self.spec(&local.uid);
+        if !is_elsewhere && spec.is_none() {
+            return;
+        }
+        if spec.is_some_and(|spec| spec.exclude_inbound_ports.contains(&to.port())) {
+            let because = "excluded inbound port".to_owned();
+            return self.step("capture", "delivered without policy".to_owned(), because);
+        }
         let connection =
             Connection { source: client, identity: None, destination: to.ip(), port: to.port() };
         self.authorize(node, local, &connection);
+        if is_elsewhere && self.told.outcome == Outcome::Refused {
+            let result = format!("decided by node {}", local.node);
+            let because = "whether it captures the pod is not known here";
+            self.step("capture", result, because.to_owned());
+            self.told.outcome = Outcome::Unknown;
+        }
     }
 
     fn authorize(&mut self, node: &Node, local: &Workload, connection: &Connection) {
@@ -212,7 +298,7 @@ impl Story {
         }
         let (policy, rule) = match &judgement.verdict {
             Ok(permit) => {
-                self.0.outcome = Outcome::Allowed;
+                self.told.outcome = Outcome::Allowed;
                 self.step("authorize", "allowed".to_owned(), permit.to_string());
                 (permit.policy(), permit.rule())
             }
@@ -221,7 +307,7 @@ impl Story {
                 (denied.policy(), denied.rule())
             }
         };
-        self.0.policy = policy.map(ToString::to_string);
-        self.0.rule = rule;
+        self.told.policy = policy.map(ToString::to_string);
+        self.told.rule = rule;
     }
 }

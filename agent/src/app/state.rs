@@ -50,14 +50,16 @@ impl State {
             }
         });
         let node = Arc::downgrade(&self.node);
-        telemetry.watch_kernel(move || node.upgrade().map(|node| kernel(&node)).unwrap_or_default());
+        telemetry
+            .watch_kernel(move || node.upgrade().map(|node| kernel(&node)).unwrap_or_default());
         let node = Arc::downgrade(&self.node);
         telemetry.watch_certificates(move || {
             let states = node.upgrade().map(|node| node.certificates.states());
             states.unwrap_or_default().iter().filter_map(certificate_ages).collect()
         });
         let node = Arc::downgrade(&self.node);
-        telemetry.watch_tunnels(move || node.upgrade().map(|node| tunnels(&node)).unwrap_or_default());
+        telemetry
+            .watch_tunnels(move || node.upgrade().map(|node| tunnels(&node)).unwrap_or_default());
     }
 }
 
@@ -87,7 +89,10 @@ fn kernel(node: &Node) -> KernelReading {
 
 fn flow_entries(node: &Node) -> Vec<(String, u64)> {
     let counts = node.capture.counts();
-    vec![("cv_flows".to_owned(), counts.flows as u64), ("cv_probes".to_owned(), counts.probes as u64)]
+    vec![
+        ("cv_flows".to_owned(), counts.flows as u64),
+        ("cv_probes".to_owned(), counts.probes as u64),
+    ]
 }
 
 fn certificate_ages(state: &ca::CertificateState) -> Option<CertificateReading> {
@@ -103,9 +108,10 @@ fn tunnels(node: &Node) -> TunnelReading {
     let connections = node.mesh.pods().iter().map(|pod| pod.pool.connections() as u64).sum();
     let is_stream = |protocol| matches!(protocol, Protocol::Hbone | Protocol::DoubleHbone);
     let open = node.connections.all();
-    let streams = open.iter().map(|entry| entry.live()).filter(|live| {
-        live.direction == Direction::Outbound && is_stream(live.protocol)
-    });
+    let streams = open
+        .iter()
+        .map(|entry| entry.live())
+        .filter(|live| live.direction == Direction::Outbound && is_stream(live.protocol));
     TunnelReading { connections, streams: streams.count() as u64 }
 }
 
@@ -246,7 +252,7 @@ impl AdminState for State {
         src: &'a str,
         dst: &'a str,
     ) -> BoxFuture<'a, Result<Explanation, ExplainError>> {
-        explain::explain(&self.node, src, dst).boxed()
+        explain::explain(&self.node, &self.pods, src, dst).boxed()
     }
 
     fn shutdown(&self) {

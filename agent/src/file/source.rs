@@ -91,7 +91,13 @@ impl FileSource {
         let watch = watch?;
         let first =
             MeshFile { changes: diff(&Mesh::default(), &good), culvert: good.culvert.clone() };
-        let status = FileStatus { path: path.clone(), loaded_at: SystemTime::now(), loads: 1, errors: 0, error: None };
+        let status = FileStatus {
+            path: path.clone(),
+            loaded_at: SystemTime::now(),
+            loads: 1,
+            errors: 0,
+            error: None,
+        };
         let source = FileSource {
             path,
             good: Arc::new(good),

@@ -58,13 +58,16 @@ pub(super) async fn serve(
         Err(error) => return failed(&format_args!("tls handshake with {peer} failed: {error}")),
     };
     let addressed = own.ip().to_canonical();
-    let tunnel = Arc::new(Tunnel { node: node.clone(), pod: pod.clone(), peer, addressed, identity });
+    let tunnel =
+        Arc::new(Tunnel { node: node.clone(), pod: pod.clone(), peer, addressed, identity });
     let streams = drain.clone();
     let handler = move |request| tunnel.clone().answer(request, streams.clone());
     let served = hbone::serve(stream, &node.tunnels, handler, leaving(&pod, drain));
     tokio::select! {
-        served = served => if let Err(error) = served {
-            tracing::debug!(%peer, %error, "tunnel ended");
+        served = served => match served {
+            Err(error) if error.is_fault_of_peer() => failed(&error),
+            Err(error) => tracing::debug!(%peer, %error, "tunnel ended"),
+            Ok(()) => {}
         },
         () = pod.is_gone() => {}
     }
@@ -151,8 +154,7 @@ impl Tunnel {
             Ok(stream) => stream,
             Err(error) => {
                 let error = error.to_string();
-                return open
-                    .close(Err(Failure::new(ResponseFlag::H2HandshakeFailure, error)));
+                return open.close(Err(Failure::new(ResponseFlag::H2HandshakeFailure, error)));
             }
         };
         let closing = Ends::of(&guard, drain, &self.pod);
@@ -175,12 +177,15 @@ impl Tunnel {
                 snapshot.workload_at(&self.node.network, self.peer.ip()).cloned()
             }
         };
-        let baggage = self.node.options.response_baggage.then(|| headers.baggage.as_ref());
+        let baggage = match self.node.options.response_baggage {
+            true => headers.baggage.as_ref(),
+            false => None,
+        };
         self.node.telemetry.open(ConnectionContext {
             reporter: Reporter::Destination,
             source,
             source_identity: Some(self.identity.clone()),
-            baggage: baggage.flatten().map(described),
+            baggage: baggage.map(described),
             destination: Some(local.clone()),
             destination_identity: None,
             service: admission.service.clone(),

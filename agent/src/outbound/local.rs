@@ -44,11 +44,7 @@ pub(super) async fn carry(captured: Captured<'_>, to: AppAddr, destination: Arc<
         Err(error) => {
             let error = format!("connection failed: {error}");
             inbound.close(Err(Failure::new(ResponseFlag::Connect, error.clone())));
-            return refuse(
-                flow.captured.tcp,
-                source,
-                Failure::new(ResponseFlag::Connect, error),
-            );
+            return refuse(flow.captured.tcp, source, Failure::new(ResponseFlag::Connect, error));
         }
     };
     let Captured { tcp, drain, pod: own, .. } = flow.captured;
@@ -58,8 +54,16 @@ pub(super) async fn carry(captured: Captured<'_>, to: AppAddr, destination: Arc<
     let (ours, theirs) = (source.counters(), inbound.counters());
     let relayed = relay::tcp_tcp(tcp, server, &Both(&ours, &theirs), closing).await;
     let outcome = session::outcome(relayed);
-    inbound.close(outcome.clone());
-    source.close(outcome);
+    source.close(outcome.clone().map_err(as_source));
+    inbound.close(outcome);
+}
+
+/// A policy is the destination's: it counts there, and the source tells of a connection that broke.
+fn as_source(failure: Failure) -> Failure {
+    match failure.denial {
+        Some(_) => Failure::new(ResponseFlag::Connect, failure.error),
+        None => failure,
+    }
 }
 
 async fn either(leaving: Ends<'_>, arriving: Ends<'_>) -> CloseReason {
@@ -138,11 +142,7 @@ impl Flow<'_> {
         })
     }
 
-    fn register_source(
-        &self,
-        identities: &(Identity, Identity),
-        open: &OpenConnection,
-    ) -> Guard {
+    fn register_source(&self, identities: &(Identity, Identity), open: &OpenConnection) -> Guard {
         let (src, pod) = (self.captured.client.addr(), self.captured.pod);
         self.captured.node.connections.register(LiveConnection {
             direction: Direction::Outbound,

@@ -166,9 +166,7 @@ enum DialError {
 enum TunnelError {
     #[error("identity error: {0}")]
     Identity(Arc<CaError>),
-    #[error(
-        "connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: {0}"
-    )]
+    #[error("connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: {0}")]
     TimedOut(io::Error),
     #[error("io error: {0}")]
     Io(#[from] DialError),
@@ -183,7 +181,9 @@ enum TunnelError {
 impl From<ConnectError<DialError>> for TunnelError {
     fn from(error: ConnectError<DialError>) -> Self {
         match error {
-            ConnectError::Dial(DialError::Tcp(error)) if error.kind() == io::ErrorKind::TimedOut => {
+            ConnectError::Dial(DialError::Tcp(error))
+                if error.kind() == io::ErrorKind::TimedOut =>
+            {
                 TunnelError::TimedOut(error)
             }
             ConnectError::Dial(DialError::Tls(error @ TlsError::Own { .. })) => {

@@ -9,12 +9,11 @@ use std::pin::pin;
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::{BufMut, Bytes, BytesMut};
-use h2::Reason;
 use tokio::net::TcpStream;
 
 use super::tcp::{self, Tcp};
 use super::{RelayError, scratch};
-use crate::hbone::{HboneStream, StreamError};
+use crate::hbone::{HboneStream, Reason, StreamError};
 
 /// The largest DATA frame sent. With its header it fills four TLS records, which rustls buffers and
 /// writes with one system call. Larger ones gain nothing measurable, and delay other streams' small

@@ -112,7 +112,7 @@ impl fmt::Debug for WorkloadCertificate {
 /// One certificate as dumps show it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CertificateSummary {
-    /// Base64 of the PEM text, not of the DER.
+    /// PEM text (RFC 7468).
     pub pem: String,
     /// Decimal.
     pub serial: String,
@@ -172,7 +172,7 @@ impl Described {
 
     fn summary(&self) -> CertificateSummary {
         CertificateSummary {
-            pem: STANDARD.encode(pem(&self.der)),
+            pem: pem(&self.der),
             serial: self.serial.clone(),
             valid_from: rfc3339(self.not_before),
             expiration: rfc3339(self.not_after),

@@ -41,7 +41,7 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let started = Instant::now();
     while !holds() {
         assert!(started.elapsed() < LIMIT, "{what}: not within {LIMIT:?}");
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::park_timeout(Duration::from_millis(2));
     }
 }
 
@@ -180,12 +180,14 @@ pub fn accept(listener: &TcpListener) -> TcpStream {
         match listener.accept() {
             Ok((stream, _)) => {
                 stream.set_nonblocking(false).unwrap();
+                // The listeners' sockets end with a reset unless the agent says otherwise.
+                socket2::SockRef::from(&stream).set_linger(None).unwrap();
                 stream.set_read_timeout(Some(LIMIT)).unwrap();
                 return stream;
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                 assert!(started.elapsed() < LIMIT, "no connection arrived");
-                std::thread::sleep(Duration::from_millis(1));
+                std::thread::park_timeout(Duration::from_millis(1));
             }
             Err(error) => panic!("accept: {error}"),
         }

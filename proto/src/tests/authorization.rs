@@ -1,3 +1,5 @@
+//! Bytes of the authorization messages, written by hand from the protocol's numbers.
+
 use super::wire::{any, assert_wire, block, number};
 use crate::istio::security::*;
 use crate::istio::workload::Extension;

@@ -1,3 +1,5 @@
+//! Bytes of the certificates messages, written by hand from the protocol's numbers.
+
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::future::Future;

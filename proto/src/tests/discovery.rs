@@ -1,3 +1,5 @@
+//! Bytes of the discovery messages, written by hand from the protocol's numbers.
+
 use std::collections::BTreeMap;
 
 use super::wire::{any, assert_wire, block, number};

@@ -1,3 +1,5 @@
+//! Bytes of the zds messages, written by hand from the protocol's numbers.
+
 use super::wire::{assert_wire, hex};
 use crate::istio::workload::zds::*;
 use prost::Message;

@@ -143,7 +143,8 @@ const fn loopback(port: u16) -> SocketAddr {
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), port)
 }
 
-fn sum(metrics: &str, name: &str, labels: &[&str]) -> f64 {
+/// The sum of all samples called `name` whose labels contain each of `labels`.
+pub fn sum(metrics: &str, name: &str, labels: &[&str]) -> f64 {
     let of_this_name = metrics.lines().filter_map(|line| {
         let rest = line.strip_prefix(name)?;
         let whole = rest.starts_with('{') || rest.starts_with(' ');

@@ -22,10 +22,10 @@ pub const ENVOY_VERSION: &str = "1.40";
 
 const ADMIN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 15000);
 
-/// Where a waypoint takes what was addressed to a service.
+/// Where a waypoint takes what was addressed to a service, or to a pod.
 #[derive(Clone, Debug)]
 pub struct Passage {
-    /// The service.
+    /// The service, or the pod.
     pub service: String,
     /// Its port.
     pub port: u16,
@@ -117,8 +117,12 @@ fn print(mesh: &Running, signed: &Signed, pod: &str, passages: &[Passage]) -> St
     let mut listeners = String::new();
     let mut clusters = String::new();
     for (number, passage) in passages.iter().enumerate() {
-        let domains: Vec<String> = mesh
-            .service(&passage.service)
+        let is_pod = mesh.description().pods.iter().any(|spec| spec.name == passage.service);
+        let addresses = match is_pod {
+            true => mesh.pod(&passage.service).addresses(),
+            false => mesh.service(&passage.service),
+        };
+        let domains: Vec<String> = addresses
             .iter()
             .map(|ip| format!("\"{}\"", SocketAddr::new(*ip, passage.port)))
             .collect();

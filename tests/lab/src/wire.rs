@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 
@@ -16,6 +17,10 @@ pub use ledger::{Clear, Ledger};
 
 /// The port on which tunnels end, the only one that may carry payload between nodes.
 pub const HBONE_PORT: u16 = 15008;
+
+/// How long a reader that is to stop goes on with a wire that is never silent: enough to read what
+/// its socket had queued.
+const LAST_PACKETS: Duration = Duration::from_millis(500);
 
 /// A recording in progress.
 #[derive(Debug)]
@@ -53,20 +58,21 @@ impl Drop for Wire {
 }
 
 /// Runs until it was told to stop and then found the wire silent, so that nothing sent before
-/// is missed.
+/// is missed. A wire that never falls silent keeps its reader a little longer only.
 fn record(socket: &PacketSocket, stop: &AtomicBool) -> Result<Ledger> {
     let mut ledger = Ledger::default();
     let mut buffer = vec![0; 1 << 18];
-    let mut after_stop = 0;
+    let mut stopped: Option<Instant> = None;
     loop {
+        if stopped.is_none() && stop.load(Ordering::Relaxed) {
+            stopped = Some(Instant::now());
+        }
         match socket.receive(&mut buffer).context("reading packets")? {
             Some(packet) => ledger.note(packet),
-            None if stop.load(Ordering::Relaxed) => break,
+            None if stopped.is_some() => break,
             None => {}
         }
-        // A wire that never falls silent must not keep its reader for ever.
-        after_stop += u32::from(stop.load(Ordering::Relaxed));
-        if after_stop > 100_000 {
+        if stopped.is_some_and(|stopped| stopped.elapsed() > LAST_PACKETS) {
             break;
         }
     }

@@ -174,7 +174,7 @@ fn connections(to: SocketAddr, count: usize, duration: Duration) -> Result<Outco
     let mut poll = Poll::new()?;
     let mut slots = Vec::new();
     for key in 0..count {
-        slots.push(begin(&poll, to, key)?);
+        slots.push(Some(begin(&poll, to, key)?));
     }
     let mut taken = Vec::with_capacity(1 << 16);
     let mut failures = 0u64;
@@ -184,7 +184,8 @@ fn connections(to: SocketAddr, count: usize, duration: Duration) -> Result<Outco
         let mut silent = true;
         for key in poll.wait(Duration::from_secs(10))? {
             silent = false;
-            let Some(slot) = slots.get_mut(key) else { continue };
+            let Some(place) = slots.get_mut(key) else { continue };
+            let Some(slot) = place else { continue };
             match slot.advance(&poll, key) {
                 Ok(false) => continue,
                 Ok(true) => taken.push(slot.asker.asked.elapsed().as_secs_f64()),
@@ -194,8 +195,9 @@ fn connections(to: SocketAddr, count: usize, duration: Duration) -> Result<Outco
                 bail!("{failures} of {} connections failed", taken.len() as u64 + failures);
             }
             if start.elapsed() < duration {
-                *slot = begin(&poll, to, key)?;
+                *place = Some(begin(&poll, to, key)?);
             } else {
+                *place = None;
                 open -= 1;
             }
         }

@@ -26,6 +26,13 @@ const WAYS: [&str; 2] = ["inbound", "outbound"];
 const CORRIDORS: [&str; 4] = ["inbound", "outbound", "decide", "recheck"];
 /// Rooms that know nothing of ours but the core.
 const CORE_ONLY: [&str; 3] = ["telemetry", "drain", "config"];
+/// Queues without a bound.
+const QUEUES: [&str; 4] = [
+    "tokio::sync::mpsc::unbounded_channel",
+    "mpsc::unbounded_channel",
+    "std::sync::mpsc::channel",
+    "futures_util::channel::mpsc::unbounded",
+];
 /// What a decision must not reach for: the world outside of its arguments.
 const WORLD: [&str; 7] =
     ["fs", "process", "env", "thread", "net::TcpStream", "net::TcpListener", "net::UdpSocket"];
@@ -91,6 +98,9 @@ fn agent_rule(module: &[String], import: &Import) -> Option<String> {
     let environment = import.path.starts_with(&["std".to_owned(), "env".to_owned()]);
     if environment && own != "cli" && own != "main" {
         return Some(format!("only `cli` reads arguments and environment, not `{own}`"));
+    }
+    if QUEUES.contains(&import.path.join("::").as_str()) {
+        return Some("queues are bounded".to_owned());
     }
     let theirs = import.path.get(1).filter(|_| import.is_ours())?.as_str();
     if theirs == own {

@@ -64,7 +64,9 @@ impl Source {
         let parsed =
             syn::parse_file(&text).with_context(|| format!("parsing {}", path.display()))?;
         let module = path.strip_prefix(Path::new(package).join("src")).ok().map(module_of);
-        let scenario = *package == "tests" || path.starts_with(Path::new(package).join("tests"));
+        let below = path.strip_prefix(package).unwrap_or(path);
+        let scenario =
+            *package == "tests" || below.components().any(|part| part.as_os_str() == "tests");
         let tests = scenario || path.file_name().is_some_and(|name| name == "tests.rs");
         let path = path.to_owned();
         Ok(Some(Self { path, package: (*package).to_owned(), module, text, parsed, tests }))

@@ -248,14 +248,14 @@ async fn a_handler_that_never_answers_frees_its_place_when_the_caller_gives_up()
     let pool = pool();
     let (near, far) = tokio::io::duplex(64 << 10);
     let near = parking_lot::Mutex::new(Some(near));
-    let (withdrawn, mut saw) = tokio::sync::mpsc::unbounded_channel();
+    let (withdrawn, mut saw) = tokio::sync::mpsc::channel(1024);
     tokio::spawn(async move {
         let settings = Settings::default();
         let handler = move |mut request: Request| {
             let withdrawn = withdrawn.clone();
             async move {
                 std::future::poll_fn(|cx| request.poll_withdrawn(cx)).await;
-                withdrawn.send(()).unwrap();
+                withdrawn.try_send(()).unwrap();
             }
         };
         let _ = serve(far, &settings, handler, std::future::pending()).await;

@@ -112,7 +112,7 @@ impl Write for Stalled {
 
 #[test]
 fn a_stalled_reader_drops_lines_and_holds_up_nobody() {
-    let (release, released) = mpsc::channel();
+    let (release, released) = mpsc::sync_channel(1024);
     let Logging { dispatch, control, flush } =
         Logging::new(parsed("info"), LogFormat::Plain, Stalled(released));
     with_default(&dispatch, || {

@@ -52,6 +52,8 @@ fn corridors_rooms_and_the_wiring_keep_apart() {
         ("agent/src/main.rs", "use culvert_agent::cli;", 0),
         ("agent/src/drain.rs", "use crate::connections::X;", 1),
         ("agent/src/drain.rs", "use culvert_core::addr::X; use self::part::Y;", 0),
+        ("agent/src/relay.rs", "fn f() { tokio::sync::mpsc::unbounded_channel(); }", 1),
+        ("agent/src/relay.rs", "fn f() { tokio::sync::mpsc::channel(9); }", 0),
         ("agent/src/file.rs", "fn f() { std::env::var(\"X\"); }", 1),
     ] {
         assert_eq!(rules_of(&[(path, text)]).len(), expected, "{path}: {text}");
