@@ -5,17 +5,24 @@ use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::SEND_BUFFER;
 use super::windows::{PeerWindows, StreamWindow};
 
 /// Chunks below this are gathered while others wait before them, so that a stalled reader's many
 /// small messages do not each keep a whole read buffer alive (nor use up what `h2` allows a
 /// connection in small frames).
 const COMPACTED: usize = 4 << 10;
+
+/// How long the last data before a reset has to leave.
+const LEAVE: Duration = Duration::from_millis(100);
+/// How often it is looked whether it has.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// Why a stream ended without END_STREAM.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -195,11 +202,24 @@ impl HboneStream {
         self.send.send_reset(reason);
     }
 
-    /// Ends both directions abnormally, after what was sent, as far as the peer takes it at once.
-    pub fn reset_after_sent(self, reason: Reason) {
-        let peer = self.windows.peer.clone();
-        peer.resets.add(self.send, reason);
-        peer.driver.wake();
+    /// Ends both directions abnormally, after what was sent: an application that answers and then
+    /// resets (because it closes without reading all of the request, say) has its answer delivered
+    /// by TCP as well. What cannot leave soon is dropped, for `h2` would keep it from leaving first.
+    pub async fn reset_after_sent(mut self, reason: Reason) {
+        let look = async {
+            while !self.has_left() {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+        };
+        let _ = tokio::time::timeout(LEAVE, look).await;
+        self.reset(reason);
+    }
+
+    /// Whether nothing that was sent waits any more. `h2` tells it only like this: a stream with
+    /// all the window it could use may send as much as its buffer lacks.
+    fn has_left(&mut self) -> bool {
+        self.send.reserve_capacity(SEND_BUFFER);
+        self.send.capacity() >= SEND_BUFFER
     }
 
     /// Takes in all that has arrived, without returning window for it. Pending while the peer may

@@ -92,7 +92,7 @@ pub(super) async fn relay<C>(
         Ok(()) => tcp.finished(),
         Err(End::Tcp(_)) => {
             relay.upload_rest();
-            relay.stream.reset_after_sent(Reason::CONNECT_ERROR);
+            relay.stream.reset_after_sent(Reason::CONNECT_ERROR).await;
         }
         Err(End::Closed(_)) => relay.stream.reset(Reason::CANCEL),
         Err(End::Tunnel(_)) => relay.download_rest(),

@@ -72,7 +72,13 @@ pub fn server_reset_arrives(stage: &Stage) -> Result<()> {
     say(&mut server, &mut client, b"part of the ")?;
     reset(server)?;
     expect_reset(&mut client)?;
-    // After a half-close too, and in the middle of bulk data.
+    // What was said right before it arrives; after a half-close too, and in the middle of bulk data.
+    let Pair { mut client, mut server } = stage.pair()?;
+    say(&mut client, &mut server, b"hello")?;
+    server.write_all(b"last words")?;
+    reset(server)?;
+    let got = read_to_reset(&mut client)?;
+    ensure!(got == b"last words", "before the reset: {got:?}");
     let Pair { mut client, mut server } = stage.pair()?;
     client.shutdown(Shutdown::Write)?;
     expect_end(&mut server)?;
@@ -88,6 +94,12 @@ pub fn client_reset_arrives(stage: &Stage) -> Result<()> {
     say(&mut client, &mut server, b"part of the ")?;
     reset(client)?;
     expect_reset(&mut server)?;
+    let Pair { mut client, mut server } = stage.pair()?;
+    say(&mut server, &mut client, b"hello")?;
+    client.write_all(b"last words")?;
+    reset(client)?;
+    let got = read_to_reset(&mut server)?;
+    ensure!(got == b"last words", "before the reset: {got:?}");
     let Pair { mut client, mut server } = stage.pair()?;
     server.shutdown(Shutdown::Write)?;
     expect_end(&mut client)?;

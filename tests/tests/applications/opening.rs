@@ -178,6 +178,24 @@ pub fn bound_port_connects(stage: &Stage) -> Result<()> {
     pair.talk()
 }
 
+pub fn one_port_to_two_destinations(stage: &Stage) -> Result<()> {
+    let (first, second) = (stage.socket()?, stage.socket()?);
+    for client in [&first, &second] {
+        client.set_reuse_address(true)?;
+    }
+    first.bind(&SocketAddr::new(stage.ip("client"), 0).into())?;
+    second.bind(&first.local_addr()?)?;
+    let mut open = stage.pair_of(first)?;
+    let (listener, to) = stage.listen_in("distant")?;
+    let connected = second.connect(&to.into());
+    open.talk()?;
+    if stage.carried() {
+        return expect_error(connected, &[ErrorKind::AddrNotAvailable]);
+    }
+    connected?;
+    Pair { client: second.into(), server: accept(&listener)? }.talk()
+}
+
 pub fn bound_device_connects(stage: &Stage) -> Result<()> {
     let client = stage.socket()?;
     client.bind_device(Some(b"eth0"))?;

@@ -36,6 +36,7 @@ pub const CASES: &[(&str, Case)] = cases![
     Beside opening::af_unspec_reconnects,
     Beside opening::bound_address_connects,
     Beside opening::bound_port_connects,
+    Beside opening::one_port_to_two_destinations,
     Beside opening::bound_device_connects,
     Beside opening::v4_mapped_connects,
     Beside opening::mptcp_client_connects,
