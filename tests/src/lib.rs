@@ -6,6 +6,7 @@
 
 pub mod figures;
 pub mod load;
+pub mod peer;
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};

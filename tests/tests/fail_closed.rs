@@ -150,7 +150,7 @@ fn killed_agent_of_the_server_refuses_and_lets_nothing_in() {
     assert_eq!(tally.refused, 0, "the client's own agent takes what it can refuse: {tally}");
     assert_nothing_in_clear(&before_outsider);
     let after = wire.finish().unwrap();
-    assert!(after.clear.is_empty() && after.attempts.get(&PORT).is_none(), "{after}");
+    assert!(after.clear.is_empty() && !after.attempts.contains_key(&PORT), "{after}");
     assert_all_by_mutual_tls(&b);
     drop(a);
 }
@@ -252,15 +252,40 @@ fn agent_that_cannot_start_says_why_and_leaves_its_pods_refused() {
     }
 }
 
-#[test]
-fn client_without_a_certificate_is_refused_as_an_identity_error() {
-    let mesh = two_nodes();
-    let uid = mesh.spec("client").uid();
+/// The mesh's file with one pod in a trust domain for which the authority signs nothing.
+fn with_foreign(mesh: &Running, pod: &str) -> PathBuf {
+    let uid = mesh.spec(pod).uid();
     let text = std::fs::read_to_string(mesh.config()).unwrap();
     let (before, own) = text.split_once(&uid).unwrap();
     let own = own.replacen("trustDomain: cluster.local", "trustDomain: elsewhere.example", 1);
-    let config = mesh.lab().state().join("foreign.yaml");
-    std::fs::write(&config, format!("{before}{uid}{own}")).unwrap();
+    let path = mesh.lab().state().join("foreign.yaml");
+    std::fs::write(&path, format!("{before}{uid}{own}")).unwrap();
+    path
+}
+
+#[test]
+fn server_without_a_certificate_takes_no_tunnel() {
+    let mesh = two_nodes();
+    let config = with_foreign(&mesh, "server");
+    let agents = ["a", "b"]
+        .map(|node| mesh.agent_with(node, &AgentOptions::new(&binary(), &config)).unwrap());
+    let wire = mesh.wire("a", "b").unwrap();
+    for to in both(&mesh, "server") {
+        assert_taken_and_reset(&mesh, "client", to);
+    }
+    for to in both(&mesh, "near") {
+        assert_eq!(call(&mesh, "client", to, "hello").unwrap(), "hello");
+    }
+    let log = agents[1].log();
+    assert!(log.contains("identity error") && log.contains("elsewhere.example"), "{log}");
+    let ledger = wire.finish().unwrap();
+    assert!(ledger.clear.is_empty() && !ledger.attempts.contains_key(&PORT), "{ledger}");
+}
+
+#[test]
+fn client_without_a_certificate_is_refused_as_an_identity_error() {
+    let mesh = two_nodes();
+    let config = with_foreign(&mesh, "client");
     let a = mesh.agent_with("a", &AgentOptions::new(&binary(), &config)).unwrap();
     let _b = mesh.agent("b", &binary()).unwrap();
     let wire = mesh.wire("a", "b").unwrap();
@@ -304,7 +329,7 @@ fn certificate_that_cannot_be_renewed_refuses_new_connections_and_says_so() {
     assert!(shown.contains("Unavailable"), "{shown}");
     exchange(&mut live).unwrap();
     let ledger = wire.finish().unwrap();
-    assert!(ledger.clear.is_empty() && ledger.attempts.get(&PORT).is_none(), "{ledger}");
+    assert!(ledger.clear.is_empty() && !ledger.attempts.contains_key(&PORT), "{ledger}");
     a.process().kill().unwrap();
     drop(b);
 }

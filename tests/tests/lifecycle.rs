@@ -155,19 +155,30 @@ fn simple() -> Running {
 }
 
 #[test]
-fn draining_agent_lets_connections_finish_until_its_deadline() {
+fn draining_agent_of_the_client_lets_connections_finish_until_its_deadline() {
     let mesh = simple();
-    let mut a = mesh.agent("a", &binary()).unwrap();
-    let _b = mesh.agent("b", &binary()).unwrap();
     let to = [both(&mesh, "server"), both(&mesh, "near")].concat();
-    let mut live: Vec<TcpStream> = to.iter().map(|to| open(&mesh, "client", *to)).collect();
-    let ended_in_time: Vec<TcpStream> = to.iter().map(|to| open(&mesh, "client", *to)).collect();
+    drain(&mesh, ["a", "b"], &to, ErrorKind::ConnectionRefused);
+}
+
+#[test]
+fn draining_agent_of_the_server_lets_connections_finish_until_its_deadline() {
+    let mesh = simple();
+    drain(&mesh, ["b", "a"], &both(&mesh, "server"), ErrorKind::ConnectionReset);
+}
+
+/// Drains the first of two agents while connections `to` servers are open; new ones fail with `new`.
+fn drain(mesh: &Running, nodes: [&str; 2], to: &[(IpAddr, u16)], new: ErrorKind) {
+    let [mut draining, _other] = nodes.map(|node| mesh.agent(node, &binary()).unwrap());
+    let mut live: Vec<TcpStream> = to.iter().map(|to| open(mesh, "client", *to)).collect();
+    let ended_in_time: Vec<TcpStream> = to.iter().map(|to| open(mesh, "client", *to)).collect();
 
     let begun = Instant::now();
-    a.process().signal(libc::SIGTERM).unwrap();
+    draining.process().signal(libc::SIGTERM).unwrap();
     wait::until_some("refusals", wait::SOON, || {
-        match connect(&mesh, "client", to[0]).map_err(|error| error.kind()) {
-            Err(ErrorKind::ConnectionRefused) => Ok(()),
+        let error = connect(mesh, "client", to[0]).and_then(|mut stream| exchange(&mut stream));
+        match error.map_err(|error| error.kind()) {
+            Err(kind) if kind == new => Ok(()),
             other => Err(format!("{other:?}")),
         }
     })
@@ -185,13 +196,14 @@ fn draining_agent_lets_connections_finish_until_its_deadline() {
         let error = (0..100).find_map(|_| exchange(&mut stream).err()).expect("an end");
         assert!(is_reset(&error), "{error}");
     }
-    let ended = wait::until_some("the agent's end", wait::SOON, || a.process().ended().ok_or(""));
+    let ended =
+        wait::until_some("the agent's end", wait::SOON, || draining.process().ended().ok_or(""));
     assert!(ended.unwrap().success());
     assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
 
-    let _a = mesh.agent("a", &binary()).unwrap();
+    let _again = mesh.agent(nodes[0], &binary()).unwrap();
     for to in to {
-        finish(open(&mesh, "client", to));
+        finish(open(mesh, "client", *to));
     }
 }
 

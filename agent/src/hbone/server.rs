@@ -46,6 +46,19 @@ pub enum ServeError {
     PingTimeout(Duration),
 }
 
+impl ServeError {
+    /// Whether the peer broke the protocol, instead of leaving or being cut off.
+    pub fn is_fault_of_peer(&self) -> bool {
+        match self {
+            Self::NoPreface(_) => true,
+            Self::Handshake(error) | Self::Connection(error) => {
+                !error.is_io() && !error.is_remote()
+            }
+            Self::Io(_) | Self::PingTimeout(_) => false,
+        }
+    }
+}
+
 /// A request as it came. Nothing has been answered yet.
 ///
 /// Dropped without an answer it is reset.

@@ -64,8 +64,10 @@ pub(super) async fn serve(
     let handler = move |request| tunnel.clone().answer(request, streams.clone());
     let served = hbone::serve(stream, &node.tunnels, handler, leaving(&pod, drain));
     tokio::select! {
-        served = served => if let Err(error) = served {
-            tracing::debug!(%peer, %error, "tunnel ended");
+        served = served => match served {
+            Err(error) if error.is_fault_of_peer() => failed(&error),
+            Err(error) => tracing::debug!(%peer, %error, "tunnel ended"),
+            Ok(()) => {}
         },
         () = pod.is_gone() => {}
     }

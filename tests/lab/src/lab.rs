@@ -265,8 +265,13 @@ fn join(one: &Node, other: &Node) -> Result<()> {
         other_ns,
     ])?;
     // Routes are taken only by a link that is up at both ends.
-    one.place.netns().ip(&format!("link set {here} up\n"))?;
-    other.place.netns().ip(&format!("link set {there} up\n"))?;
+    let ends = [(one.place.netns(), &here), (other.place.netns(), &there)];
+    for (netns, device) in ends {
+        netns.ip(&format!("link set {device} up\n"))?;
+    }
+    for (netns, device) in ends {
+        netns::wait_for_link(netns, device)?;
+    }
     for (node, peer) in [(one, other), (other, one)] {
         let device = link_name(peer);
         let (own4, peer4, own6, peer6) = (node.v4(), peer.v4(), node.v6(), peer.v6());
@@ -302,9 +307,11 @@ fn plug(node: &Node, pod: &Pod, number: u8) -> Result<()> {
     let (v4, v6) = (pod.v4, pod.v6);
     let (gateway4, gateway6) = node.pod_addresses(1);
     pod_ns.ip("link set eth0 up\n")?;
+    node_ns.ip(&format!("link set {device} up\n"))?;
+    netns::wait_for_link(pod_ns, "eth0")?;
+    netns::wait_for_link(node_ns, &device)?;
     node_ns.ip(&format!(
-        "link set {device} up\n\
-         addr add {gateway4}/32 dev {device}\n\
+        "addr add {gateway4}/32 dev {device}\n\
          addr add {gateway6}/128 dev {device} nodad\n\
          route add {v4}/32 dev {device}\n\
          route add {v6}/128 dev {device}\n"

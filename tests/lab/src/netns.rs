@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
-use crate::sys;
+use crate::{sys, wait};
 
 /// Where named namespaces lie.
 pub const DIRECTORY: &str = "/run/netns";
@@ -87,6 +87,14 @@ impl Netns {
         }
         Ok(())
     }
+}
+
+/// Waits until the kernel has taken both ends of a link into use; until then it drops packets.
+pub fn wait_for_link(netns: &Netns, device: &str) -> Result<()> {
+    wait::until(format!("link {device} in {}", netns.name), wait::SOON, || {
+        let shown = Command::new("ip").args(["-n", &netns.name, "link", "show", device]).output();
+        shown.is_ok_and(|shown| String::from_utf8_lossy(&shown.stdout).contains(" state UP "))
+    })
 }
 
 /// Removes a name. Processes inside keep the namespace alive until they end.

@@ -17,9 +17,12 @@ fn two_pods() -> (Lab, Pod, Pod) {
     (lab, client, server)
 }
 
+fn listen(server: &Pod) -> TcpListener {
+    server.place().run(|| TcpListener::bind("[::]:8080")).unwrap()
+}
+
 /// Says `hello` from one pod to another over `address`, and gives what arrived.
-fn say_hello(client: &Pod, server: &Pod, address: IpAddr) -> String {
-    let listener = server.place().run(|| TcpListener::bind("[::]:8080")).unwrap();
+fn say_hello(client: &Pod, listener: &TcpListener, address: IpAddr) -> String {
     std::thread::scope(|scope| {
         let heard = scope.spawn(|| {
             let mut text = String::new();
@@ -40,8 +43,9 @@ fn pods_of_two_nodes_reach_each_other_and_the_wire_shows_it() {
     let (lab, client, server) = two_pods();
     let nodes = lab.nodes.lock().unwrap().clone();
     let wire = lab.wire(&nodes[0], &nodes[1]).unwrap();
+    let listener = listen(&server);
     for address in server.addresses() {
-        assert_eq!(say_hello(&client, &server, address), "hello");
+        assert_eq!(say_hello(&client, &listener, address), "hello");
     }
     let seen = wire.finish().unwrap();
     assert_eq!(seen.clear[&8080].bytes, 10, "{seen}");
@@ -53,7 +57,7 @@ fn pods_of_two_nodes_reach_each_other_and_the_wire_shows_it() {
 fn a_node_reaches_its_pods() {
     let (lab, _, server) = two_pods();
     let node = lab.nodes.lock().unwrap()[1].clone();
-    let listener = server.place().run(|| TcpListener::bind("[::]:8080")).unwrap();
+    let listener = listen(&server);
     for address in server.addresses() {
         let to = SocketAddr::new(address, 8080);
         node.place().run(|| TcpStream::connect_timeout(&to, Duration::from_secs(5))).unwrap();
@@ -72,7 +76,7 @@ fn several_labs_live_side_by_side_and_nothing_is_left() {
     drop(other);
     assert!(names(&format!("{gone}-")).is_empty());
     assert!(!state.exists() && !group.exists());
-    assert_eq!(say_hello(&client, &server, server.v4().into()), "hello");
+    assert_eq!(say_hello(&client, &listen(&server), server.v4().into()), "hello");
 }
 
 #[test]

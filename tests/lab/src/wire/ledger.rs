@@ -1,6 +1,6 @@
 //! The account of a recording.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
 
@@ -22,7 +22,7 @@ pub struct Ledger {
     pub unchecked_bytes: u64,
     /// Payload that is not TLS on the HBONE port, or on any other port, by the lower of both ports.
     pub clear: ByPort<Clear>,
-    /// Attempts to connect (SYN without ACK) by destination port.
+    /// Attempts to connect (SYN without ACK) by destination port, repeated ones counted once.
     pub attempts: ByPort<u64>,
     /// Packets of IP protocols other than TCP, by number.
     pub other: BTreeMap<u8, u64>,
@@ -31,6 +31,7 @@ pub struct Ledger {
     /// Packets lost before they could be looked at. Nothing can be said about them.
     pub dropped: u32,
     streams: HashMap<(SocketAddr, SocketAddr), Stream>,
+    begun: HashSet<(SocketAddr, SocketAddr, u32)>,
 }
 
 /// Payload that was readable on the wire.
@@ -72,7 +73,8 @@ impl Ledger {
     }
 
     fn tcp(&mut self, segment: &Segment<'_>) {
-        if segment.syn && !segment.ack {
+        let attempt = (segment.from, segment.to, segment.sequence);
+        if segment.syn && !segment.ack && self.begun.insert(attempt) {
             *self.attempts.entry(segment.to.port()).or_default() += 1;
         }
         let tunnel = segment.to.port() == HBONE_PORT || segment.from.port() == HBONE_PORT;

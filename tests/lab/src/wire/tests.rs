@@ -70,7 +70,9 @@ fn plain_text_inside_a_tls_stream_is_reported() {
 #[test]
 fn payload_on_another_port_is_reported_by_the_servers_port() {
     let mut ledger = opened();
-    ledger.note(&packet(40001, 8080, 7, SYN, &[]));
+    for _ in 0..2 {
+        ledger.note(&packet(40001, 8080, 7, SYN, &[]));
+    }
     ledger.note(&packet(8080, 40001, 9, ACK, b"hello"));
     assert_eq!(ledger.clear[&8080].bytes, 5);
     assert_eq!(ledger.attempts[&8080], 1);
