@@ -67,12 +67,12 @@ pub async fn dial_application(
                 IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
                 IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
             };
-            let socket = open(netns, dst)?;
+            let socket = open_resetting(netns, dst)?;
             socket.bind(&SocketAddr::new(loopback, 0).into())?;
             connect(socket, dst).await
         }
         DialFrom::Client(_) | DialFrom::Own | DialFrom::Loopback => {
-            connect(open(netns, dst)?, dst).await
+            connect(open_resetting(netns, dst)?, dst).await
         }
     }
 }
@@ -113,7 +113,7 @@ fn is_taken(error: &io::Error) -> bool {
 }
 
 fn open_keeping(netns: &Netns, dst: SocketAddr, source: SocketAddr) -> io::Result<Socket> {
-    let socket = open(netns, dst)?;
+    let socket = open_resetting(netns, dst)?;
     match source {
         SocketAddr::V4(_) => set_option(socket.as_fd(), libc::SOL_IP, libc::IP_TRANSPARENT, 1)?,
         SocketAddr::V6(_) => {
@@ -124,6 +124,13 @@ fn open_keeping(netns: &Netns, dst: SocketAddr, source: SocketAddr) -> io::Resul
     socket.set_mark(APPLICATION_MARK)?;
     socket.set_reuse_address(true)?;
     socket.bind(&source.into())?;
+    Ok(socket)
+}
+
+/// As [`open`]. From its first moment on, the application reads a reset when the agent is killed.
+fn open_resetting(netns: &Netns, dst: SocketAddr) -> io::Result<Socket> {
+    let socket = open(netns, dst)?;
+    socket.set_linger(Some(Duration::ZERO))?;
     Ok(socket)
 }
 

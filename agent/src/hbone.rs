@@ -22,6 +22,7 @@ pub mod client;
 pub mod headers;
 mod keepalive;
 pub mod pool;
+mod resets;
 pub mod server;
 mod stream;
 mod windows;

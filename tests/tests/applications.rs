@@ -80,7 +80,10 @@ fn run(path: Path) {
     }
     for (name, case) in cases() {
         if let Case::Changing(case) = case {
-            report.note(name, || case(&mut ground));
+            report.note(name, || {
+                ground.start_missing_agents()?;
+                case(&mut ground)
+            });
         }
     }
     report.finish();

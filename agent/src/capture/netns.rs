@@ -88,8 +88,8 @@ impl Netns {
     pub fn listen(&self) -> io::Result<Listeners> {
         self.run(|| {
             Ok(Listeners {
-                outbound: resetting(listen(OUTBOUND_PORT)?)?,
-                plaintext: resetting(listen(PLAINTEXT_PORT)?)?,
+                outbound: listen_for_relays(OUTBOUND_PORT)?,
+                plaintext: listen_for_relays(PLAINTEXT_PORT)?,
                 hbone: listen(HBONE_PORT)?,
             })
         })?
@@ -153,6 +153,13 @@ fn run_in<T>(netns: BorrowedFd, home: BorrowedFd, inside: impl FnOnce() -> T) ->
     Ok(result)
 }
 
+/// What is accepted before its destination is known ends with a reset, also when the agent is killed.
+fn listen_for_relays(port: u16) -> io::Result<TcpListener> {
+    let listener = listen(port)?;
+    SockRef::from(&listener).set_linger(Some(Duration::ZERO))?;
+    Ok(listener)
+}
+
 fn listen(port: u16) -> io::Result<TcpListener> {
     try_listen(port)
         .map_err(|error| io::Error::new(error.kind(), format!("listening on port {port}: {error}")))
@@ -181,13 +188,6 @@ fn try_listen(port: u16) -> io::Result<TcpListener> {
     // The namespace's net.core.somaxconn bounds it.
     socket.listen(libc::c_int::MAX)?;
     Ok(socket.into())
-}
-
-/// What is accepted ends with a reset, unless the agent finds that both sides have finished: an
-/// agent that is killed must not make a cut-off answer look complete.
-fn resetting(listener: TcpListener) -> io::Result<TcpListener> {
-    SockRef::from(&listener).set_linger(Some(Duration::ZERO))?;
-    Ok(listener)
 }
 
 fn prepare(socket: &Socket) -> io::Result<()> {

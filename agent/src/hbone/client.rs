@@ -266,6 +266,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Future for Driver<T> {
         let this = self.get_mut();
         this.shared.peer.driver.register(cx.waker());
         let ended = Pin::new(&mut this.connection).poll(cx).is_ready();
+        this.shared.peer.resets.send();
         let broken = matches!(this.flusher.poll_flush(cx), Poll::Ready(Err(_)));
         this.poll_settled(cx);
         let silent = this.keepalive.poll_unanswered(cx).is_ready();

@@ -236,7 +236,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
         while let Poll::Ready(Some(_)) = self.tasks.poll_join_next(cx) {}
+        self.peer.driver.register(cx.waker());
         let moved = self.poll_connection(cx);
+        self.peer.resets.send();
         if let Poll::Ready(Err(error)) = self.flusher.poll_flush(cx) {
             return Poll::Ready(Event::Closed(Err(ServeError::Io(error))));
         }

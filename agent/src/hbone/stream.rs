@@ -195,6 +195,13 @@ impl HboneStream {
         self.send.send_reset(reason);
     }
 
+    /// Ends both directions abnormally, after what was sent, as far as the peer takes it at once.
+    pub fn reset_after_sent(self, reason: Reason) {
+        let peer = self.windows.peer.clone();
+        peer.resets.add(self.send, reason);
+        peer.driver.wake();
+    }
+
     /// Takes in all that has arrived, without returning window for it. Pending while the peer may
     /// send more; ready once it has finished or the stream has failed. What is in
     /// [`HboneStream::received`] stays readable in each case.

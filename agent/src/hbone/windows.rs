@@ -33,13 +33,14 @@ use std::time::Duration;
 
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
+
+use super::resets::Resets;
 use tokio::time::Instant;
 
 /// Stream and connection window before any SETTINGS or WINDOW_UPDATE (RFC 9113 section 6.9.2).
 const INITIAL_WINDOW: u32 = 65_535;
 
 /// The peer's announcements on one connection.
-#[derive(Debug)]
 pub(super) struct PeerWindows {
     /// Our own stream window.
     own_stream: u32,
@@ -59,8 +60,9 @@ pub(super) struct PeerWindows {
     settled: AtomicBool,
     going_away: AtomicBool,
     streams: Mutex<HashMap<u32, Arc<StreamWindow>>>,
-    /// Woken when the connection settles or goes away.
+    /// Woken when the connection settles or goes away, or has resets to send.
     pub(super) driver: AtomicWaker,
+    pub(super) resets: Resets,
 }
 
 /// The part of the peer's announcements that is about one stream.
@@ -87,6 +89,7 @@ impl PeerWindows {
             going_away: AtomicBool::new(false),
             streams: Mutex::default(),
             driver: AtomicWaker::new(),
+            resets: Resets::default(),
         })
     }
 

@@ -97,11 +97,9 @@ impl<'a> Direction<'a> {
                     State::Copy
                 }
                 State::Splice(splice) if splice.is_empty() => match splice.fill(self.from) {
-                    Ok(0) => State::Finished,
-                    Ok(_) => continue,
                     // The pipe goes back until there is bulk again.
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => State::Copy,
-                    Err(error) => return Poll::Ready(Err(End::Read(error))),
+                    Ok(0) | Err(_) => State::Copy,
+                    Ok(_) => continue,
                 },
                 State::Splice(splice) => {
                     let n = ready!(poll_write(cx, self.to, || splice.drain(self.to)))?;

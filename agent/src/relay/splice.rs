@@ -43,11 +43,12 @@ impl Splice {
         self.filled == 0
     }
 
-    /// Takes in what the socket has; 0 at its end. Call it with an empty pipe only, for a full one
-    /// reads as a socket that would block.
+    /// Takes in what the socket has. Neither 0 nor an error says anything about the socket, which
+    /// has to be read in the ordinary way then: urgent data stops splice(2) like an end or a lack
+    /// of data does. Call it with an empty pipe only.
     pub(super) fn fill(&mut self, from: &TcpStream) -> io::Result<usize> {
         let Some(pipe) = &self.pipe else { return Ok(0) };
-        let count = from.try_io(Interest::READABLE, || splice(from, &pipe.write, PIPE))?;
+        let count = splice(from, &pipe.write, PIPE)?;
         self.filled += count;
         Ok(count)
     }

@@ -2,20 +2,28 @@
 
 use std::io::{self, Read};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-/// A connection that ends with a reset unless it was declared finished: when this is dropped, and
-/// also when the process is killed, for the kernel then closes it as the socket is set.
-pub(super) struct Tcp(TcpStream);
+/// Asks whether reading has stopped at urgent data (tcp(7), asm-generic/sockios.h).
+const SIOCATMARK: libc::c_ulong = 0x8905;
+
+/// A connection that ends with a reset, unless it was declared finished: when dropped, and also
+/// when the agent is killed. The kernel closes its sockets then, and by itself would send FIN.
+pub(super) struct Tcp {
+    stream: TcpStream,
+}
 
 impl Tcp {
     pub(super) fn new(stream: TcpStream) -> Self {
-        // Without it the peer sees FIN; there is nobody to report a failure to.
+        // Without it the other side would see FIN; there is nobody to report a failure to.
         let _ = stream.set_zero_linger();
-        Self(stream)
+        // An urgent byte arrives in its place. Otherwise reading would leave it out.
+        let _ = SockRef::from(&stream).set_out_of_band_inline(true);
+        Self { stream }
     }
 
     pub(super) fn stream(&self) -> &TcpStream {
@@ -24,7 +32,7 @@ impl Tcp {
 
     /// Both directions have ended cleanly: dropping closes in the ordinary way.
     pub(super) fn finished(&self) {
-        let _ = SockRef::from(&self.0).set_linger(None);
+        let _ = SockRef::from(&self.stream).set_linger(None);
     }
 }
 
@@ -51,12 +59,13 @@ pub(super) async fn broken(stream: &TcpStream) -> io::Error {
 }
 
 /// Reads what is there. A short read ends the readiness without a second system call: with
-/// edge-triggered epoll, what comes later raises it again.
+/// edge-triggered epoll, what comes later raises it again. But one read never goes beyond the begin
+/// of urgent data, which may have come earlier.
 pub(super) fn read(stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
     let mut short = None;
     let read = stream.try_io(Interest::READABLE, || {
         let count = (&*SockRef::from(stream)).read(buffer)?;
-        if count > 0 && count < buffer.len() {
+        if count > 0 && count < buffer.len() && !is_at_mark(stream) {
             short = Some(count);
             return Err(io::ErrorKind::WouldBlock.into());
         }
@@ -66,4 +75,11 @@ pub(super) fn read(stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
         Some(count) => Ok(count),
         None => read,
     }
+}
+
+fn is_at_mark(stream: &TcpStream) -> bool {
+    let mut answer: libc::c_int = 0;
+    // SAFETY: the request writes one int, which lives across the call.
+    let result = unsafe { libc::ioctl(stream.as_raw_fd(), SIOCATMARK, &raw mut answer) };
+    result == 0 && answer != 0
 }

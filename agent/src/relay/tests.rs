@@ -297,6 +297,47 @@ async fn closing_with_unread_data_is_a_reset() {
 }
 
 #[tokio::test]
+async fn an_answer_before_the_reset_arrives() {
+    for path in PATHS {
+        let Joined { mut client, mut server, near: _near, pool: _pool, .. } = join(path).await;
+        client.write_all(&[0; 1000]).await.unwrap();
+        server.read_exact(&mut [0; 1]).await.unwrap();
+        server.write_all(b"413").await.unwrap();
+        drop(server);
+        let (answer, end) = read_all(&mut client).await;
+        assert_eq!(answer, b"413", "{path:?}");
+        assert_eq!(end, Some(ErrorKind::ConnectionReset), "{path:?}");
+    }
+}
+
+#[tokio::test]
+async fn urgent_data_stays_in_its_place_and_stops_nothing() {
+    const BULK: usize = 4 << 20;
+    for path in PATHS {
+        let Joined { client, mut server, near: _near, pool: _pool, .. } = join(path).await;
+        let writer = std::thread::spawn(move || {
+            let mut client = client.into_std().unwrap();
+            client.set_nonblocking(false).unwrap();
+            let urgent = |client: &std::net::TcpStream| {
+                socket2::SockRef::from(client).send_out_of_band(b"!").unwrap();
+            };
+            for size in [6, BULK] {
+                std::io::Write::write_all(&mut client, &vec![b'x'; size]).unwrap();
+                urgent(&client);
+            }
+            std::io::Write::write_all(&mut client, b"end").unwrap();
+            urgent(&client);
+        });
+        let (got, end) = read_all(&mut server).await;
+        writer.join().unwrap();
+        assert_eq!(got.len(), 6 + 1 + BULK + 1 + 3 + 1, "{path:?}");
+        let marks: Vec<usize> = (0..got.len()).filter(|at| got[*at] == b'!').collect();
+        assert_eq!(marks, [6, 7 + BULK, got.len() - 1], "{path:?}");
+        assert_eq!(end, None, "{path:?}");
+    }
+}
+
+#[tokio::test]
 async fn closing_by_policy_resets_both_sides_with_the_reason() {
     for path in PATHS {
         let mut joined = join(path).await;

@@ -90,7 +90,7 @@ pub(super) async fn relay<C>(
     .await;
     match &result {
         Ok(()) => tcp.finished(),
-        Err(End::Tcp(_)) => relay.stream.reset(Reason::CONNECT_ERROR),
+        Err(End::Tcp(_)) => relay.stream.reset_after_sent(Reason::CONNECT_ERROR),
         Err(End::Closed(_)) => relay.stream.reset(Reason::CANCEL),
         Err(End::Tunnel(_)) => {}
     }

@@ -180,6 +180,8 @@ pub fn accept(listener: &TcpListener) -> TcpStream {
         match listener.accept() {
             Ok((stream, _)) => {
                 stream.set_nonblocking(false).unwrap();
+                // The listeners' sockets end with a reset unless the agent says otherwise.
+                socket2::SockRef::from(&stream).set_linger(None).unwrap();
                 stream.set_read_timeout(Some(LIMIT)).unwrap();
                 return stream;
             }

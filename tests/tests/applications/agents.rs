@@ -18,7 +18,7 @@ const TERMINATE: i32 = 15;
 pub fn policy_refusal_resets(stage: &Stage) -> Result<()> {
     let listener = stage.listen_at("server", DENIED_PORT, 8)?;
     let to = SocketAddr::new(stage.ip("server"), DENIED_PORT);
-    expect_reset(&mut stage.connect(to)?)?;
+    expect_refusal(stage, to)?;
     ensure!(!socket::readable_within(&listener, A_WHILE)?, "the server notices");
     Ok(())
 }
@@ -26,7 +26,7 @@ pub fn policy_refusal_resets(stage: &Stage) -> Result<()> {
 pub fn missing_waypoint_resets(stage: &Stage) -> Result<()> {
     let listener = stage.listen_at("server", GUARDED_TARGET, 8)?;
     let to = SocketAddr::new(stage.service("guarded"), SERVICE_PORT);
-    expect_reset(&mut stage.connect(to)?)?;
+    expect_refusal(stage, to)?;
     ensure!(!socket::readable_within(&listener, A_WHILE)?, "a way round the waypoint");
     Ok(())
 }
@@ -152,6 +152,7 @@ fn is_captured(ground: &Ground, pod: &str) -> Result<bool> {
     let nobody = SocketAddr::new(stage.ip("outside"), 1);
     match socket.connect_timeout(&nobody.into(), LIMIT) {
         Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(true),
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(false),
         Err(error) => Err(error.into()),
     }
@@ -183,9 +184,8 @@ pub fn killed_agent_resets(ground: &mut Ground) -> Result<()> {
         let mut open = pairs(ground, "server")?;
         open.iter_mut().try_for_each(Pair::talk)?;
         open.extend(pairs(ground, "server")?);
-        ground.agent(node)?.process().kill()?;
+        ground.kill_agent(node)?;
         expect_all_reset(open).with_context(|| format!("after the end of {node}"))?;
-        ground.forget_agent(node);
         ground.start_agent(node)?;
     }
     Ok(())
@@ -197,7 +197,7 @@ pub fn stopped_agent_refuses(ground: &mut Ground) -> Result<()> {
         for stage in ground.stages() {
             listeners.push(stage.listen()?);
         }
-        ground.agent(node)?.process().kill()?;
+        ground.kill_agent(node)?;
         for (stage, (listener, to)) in ground.stages().iter().zip(&listeners) {
             let client = stage.socket()?;
             let connected = client.connect(&(*to).into());
@@ -205,13 +205,11 @@ pub fn stopped_agent_refuses(ground: &mut Ground) -> Result<()> {
             if *node == "a" {
                 expect_error(connected, &[ErrorKind::ConnectionRefused]).with_context(context)?;
             } else {
-                connected.with_context(context)?;
-                expect_reset(&mut client.into()).with_context(context)?;
+                expect_late_refusal(client, connected).with_context(context)?;
             }
             let reached = socket::readable_within(listener, Duration::from_millis(100))?;
             ensure!(!reached, "the server is reached");
         }
-        ground.forget_agent(node);
         ground.start_agent(node)?;
     }
     Ok(())

@@ -22,11 +22,13 @@ pub fn closed_port_resets(stage: &Stage) -> Result<()> {
     if !stage.carried() {
         return expect_error(connected.connect(&to.into()), &[ErrorKind::ConnectionRefused]);
     }
-    connected.connect(&to.into())?;
-    expect_reset(&mut connected.into()).context("read")?;
-    let mut writer = stage.connect(to)?;
-    ensure!(socket::readable_within(&writer, LIMIT)?, "no reset");
-    expect_error(writer.write(b"x"), &[ErrorKind::ConnectionReset]).context("write")
+    expect_refusal(stage, to).context("read")?;
+    let connected = match connected.connect(&to.into()) {
+        Ok(()) => TcpStream::from(connected),
+        told => return expect_error(told, &[ErrorKind::ConnectionReset]),
+    };
+    ensure!(socket::readable_within(&connected, LIMIT)?, "no reset");
+    expect_error((&connected).write(b"x"), &[ErrorKind::ConnectionReset]).context("write")
 }
 
 pub fn unreachable_destination_resets(stage: &Stage) -> Result<()> {
@@ -37,8 +39,8 @@ pub fn unreachable_destination_resets(stage: &Stage) -> Result<()> {
         return expect_error(client.connect_timeout(&to.into(), 2 * LIMIT), &unreachable);
     }
     let start = Instant::now();
-    client.connect(&to.into())?;
-    expect_reset(&mut client.into())?;
+    let connected = client.connect(&to.into());
+    expect_late_refusal(client, connected)?;
     ensure!(start.elapsed() < Duration::from_secs(13), "after {:?}", start.elapsed());
     Ok(())
 }

@@ -117,9 +117,7 @@ impl Ground {
             netns.sysctl("net/ipv4/tcp_syn_retries", "2")?;
         }
         ground.silence()?;
-        for node in ground.nodes() {
-            ground.start_agent(node)?;
-        }
+        ground.start_missing_agents()?;
         for family in [Family::V4, Family::V6] {
             let pair = Stage { ground: &ground, family }.pair().context("the idle connection")?;
             ground.idle.push(pair);
@@ -142,6 +140,16 @@ impl Ground {
         }
     }
 
+    /// Starts the agents of this path that do not run.
+    pub fn start_missing_agents(&mut self) -> Result<()> {
+        for node in self.nodes() {
+            if self.agents.iter_mut().all(|(name, _)| name != node) {
+                self.start_agent(node)?;
+            }
+        }
+        Ok(())
+    }
+
     pub fn start_agent(&mut self, node: &'static str) -> Result<()> {
         let agent = self.mesh.agent(node, &binary())?;
         self.agents.push((node, agent));
@@ -152,6 +160,12 @@ impl Ground {
     pub fn agent(&mut self, node: &str) -> Result<&mut Agent> {
         let found = self.agents.iter_mut().find(|(name, _)| *name == node);
         found.map(|(_, agent)| agent).with_context(|| format!("no agent runs on node {node}"))
+    }
+
+    pub fn kill_agent(&mut self, node: &str) -> Result<()> {
+        self.agent(node)?.process().kill()?;
+        self.forget_agent(node);
+        Ok(())
     }
 
     /// Forgets an agent whose process has ended.
@@ -399,5 +413,20 @@ pub fn expect_error<T>(result: std::io::Result<T>, kinds: &[ErrorKind]) -> Resul
             ensure!(kinds.contains(&error.kind()), "{error:?} instead of {kinds:?}");
             Ok(())
         }
+    }
+}
+
+/// Expects that the agent takes a connection and does not get it any further.
+pub fn expect_refusal(stage: &Stage, to: SocketAddr) -> Result<()> {
+    let client = stage.socket()?;
+    let connected = client.connect(&to.into());
+    expect_late_refusal(client, connected)
+}
+
+/// The reset may come before `connect` has returned.
+pub fn expect_late_refusal(client: Socket, connected: std::io::Result<()>) -> Result<()> {
+    match connected {
+        Ok(()) => expect_reset(&mut client.into()),
+        refused => expect_error(refused, &[ErrorKind::ConnectionReset]),
     }
 }
