@@ -276,20 +276,13 @@ impl Capture {
         let mut maps = self.maps.lock();
         let mut attached = Vec::with_capacity(pods.len());
         for cookie in pods {
-            let link = self.pins.open_pod(cookie)?;
-            let gone = sys::link_netns(link.as_fd())
-                .map_err(|error| CaptureError::Pod { cookie, error })?
-                .is_none();
-            if gone {
+            if self.replace_in_pod(&mut maps, cookie)? {
+                attached.push(cookie);
+            } else {
                 tracing::info!(%cookie, "the network namespace of an adopted pod is gone");
                 self.pins.unlink_pod(cookie)?;
                 self.forget(&mut maps, cookie)?;
-                continue;
             }
-            let mut object = self.loader.load(Some(cookie))?;
-            maps.ensure_flows(&mut object, cookie)?;
-            Programs::new(&mut object).replace_in_netns(SK_LOOKUP_PROGRAM, link.as_fd())?;
-            attached.push(cookie);
         }
         // An agent may have died between two steps of enrolling or withdrawing.
         for cookie in maps.pods() {
@@ -298,6 +291,23 @@ impl Capture {
             }
         }
         Ok(())
+    }
+
+    /// False when the pod's namespace is gone, or goes while its program is being replaced.
+    fn replace_in_pod(&self, maps: &mut Maps, cookie: NetnsCookie) -> Result<bool, CaptureError> {
+        let link = self.pins.open_pod(cookie)?;
+        let inode =
+            sys::link_netns(link.as_fd()).map_err(|error| CaptureError::Pod { cookie, error })?;
+        if inode.is_none() {
+            return Ok(false);
+        }
+        let mut object = self.loader.load(Some(cookie))?;
+        maps.ensure_flows(&mut object, cookie)?;
+        let replaced = Programs::new(&mut object).replace_in_netns(SK_LOOKUP_PROGRAM, link.as_fd());
+        match replaced {
+            Err(CaptureError::Program { error, .. }) if is_severed(&error) => Ok(false),
+            replaced => replaced.map(|()| true),
+        }
     }
 
     fn try_enrol(
@@ -330,5 +340,14 @@ impl Capture {
         maps.change(|tables| tables.withdraw(cookie))?;
         maps.remove_listeners(cookie)?;
         maps.remove_flows(cookie)
+    }
+}
+
+/// What the kernel answers about a link whose namespace is gone (`bpf_netns_link_update_prog`).
+fn is_severed(error: &ProgramError) -> bool {
+    match error {
+        ProgramError::IOError(error) => error.raw_os_error() == Some(libc::ENOLINK),
+        ProgramError::SyscallError(error) => error.io_error.raw_os_error() == Some(libc::ENOLINK),
+        _ => false,
     }
 }

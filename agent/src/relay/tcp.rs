@@ -27,7 +27,7 @@ impl Tcp {
     }
 
     pub(super) fn stream(&self) -> &TcpStream {
-        &self.0
+        &self.stream
     }
 
     /// Both directions have ended cleanly: dropping closes in the ordinary way.
