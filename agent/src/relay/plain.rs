@@ -50,9 +50,14 @@ pub(super) async fn relay<C>(
         server_broken.as_mut().poll(cx).map(|error| Err(RelayError::Server(error)))
     })
     .await;
-    if result.is_ok() {
-        client.finished();
-        server.finished();
+    match &result {
+        Ok(()) => {
+            client.finished();
+            server.finished();
+        }
+        Err(RelayError::Client(_)) => there.pass_on_rest(|bytes| counters.received(bytes)),
+        Err(RelayError::Server(_)) => back.pass_on_rest(|bytes| counters.sent(bytes)),
+        Err(RelayError::Tunnel(_) | RelayError::Closed(_)) => {}
     }
     result
 }
@@ -98,8 +103,11 @@ impl<'a> Direction<'a> {
                 }
                 State::Splice(splice) if splice.is_empty() => match splice.fill(self.from) {
                     // The pipe goes back until there is bulk again.
-                    Ok(0) | Err(_) => State::Copy,
+                    Ok(0) => State::Copy,
                     Ok(_) => continue,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => State::Copy,
+                    // Told once only: the next read would find a clean end.
+                    Err(error) => return Poll::Ready(Err(End::Read(error))),
                 },
                 State::Splice(splice) => {
                     let n = ready!(poll_write(cx, self.to, || splice.drain(self.to)))?;
@@ -114,6 +122,28 @@ impl<'a> Direction<'a> {
         }
         cx.waker().wake_by_ref();
         Poll::Pending
+    }
+
+    /// Passes on what the source sent before it failed, as far as the target takes it at once. That
+    /// may have come together with the failure, which was noticed first.
+    fn pass_on_rest(mut self, count: impl Fn(u64)) {
+        for _ in 0..TURN {
+            let moved = match &mut self.state {
+                State::Finished => return,
+                State::Copy => tcp::move_now(self.from, self.to),
+                State::Rest(rest, written) => {
+                    let waiting = rest.get(*written..).unwrap_or_default();
+                    let moved = tcp::write_now(self.to, waiting);
+                    *written += moved.unwrap_or_default();
+                    moved.filter(|_| *written == rest.len())
+                }
+                State::Splice(splice) if splice.is_empty() => Some(0),
+                State::Splice(splice) => splice.drain(self.to).ok().filter(|_| splice.is_empty()),
+            };
+            let Some(moved) = moved else { return };
+            count(moved as u64);
+            self.state = State::Copy;
+        }
     }
 
     fn finish(&self) -> Result<State, End> {

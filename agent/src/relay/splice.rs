@@ -43,9 +43,9 @@ impl Splice {
         self.filled == 0
     }
 
-    /// Takes in what the socket has. Neither 0 nor an error says anything about the socket, which
-    /// has to be read in the ordinary way then: urgent data stops splice(2) like an end or a lack
-    /// of data does. Call it with an empty pipe only.
+    /// Takes in what the socket has. Neither 0 nor that it would block says anything about the
+    /// socket, which has to be read in the ordinary way then: urgent data stops splice(2) like an
+    /// end or a lack of data does. Call it with an empty pipe only.
     pub(super) fn fill(&mut self, from: &TcpStream) -> io::Result<usize> {
         let Some(pipe) = &self.pipe else { return Ok(0) };
         let count = splice(from, &pipe.write, PIPE)?;

@@ -1,12 +1,14 @@
 //! A relayed TCP connection that does not end cleanly by accident.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
+
+use super::scratch;
 
 /// Asks whether reading has stopped at urgent data (tcp(7), asm-generic/sockios.h).
 const SIOCATMARK: libc::c_ulong = 0x8905;
@@ -75,6 +77,24 @@ pub(super) fn read(stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
         Some(count) => Ok(count),
         None => read,
     }
+}
+
+/// Writes without asking whether there is room; `None` when nothing was taken.
+pub(super) fn write_now(stream: &TcpStream, data: &[u8]) -> Option<usize> {
+    (&*SockRef::from(stream)).write(data).ok().filter(|count| *count > 0)
+}
+
+/// Moves what there is, at most a buffer full. `None` when there is no more to move, or no room.
+pub(super) fn move_now(from: &TcpStream, to: &TcpStream) -> Option<usize> {
+    scratch::with(|buffer| {
+        let count = read_now(from, buffer)?;
+        write_now(to, buffer.get(..count).unwrap_or_default()).filter(|moved| *moved == count)
+    })
+}
+
+/// Reads without asking whether there is something; `None` when there is nothing.
+pub(super) fn read_now(stream: &TcpStream, buffer: &mut [u8]) -> Option<usize> {
+    (&*SockRef::from(stream)).read(buffer).ok().filter(|count| *count > 0)
 }
 
 fn is_at_mark(stream: &TcpStream) -> bool {

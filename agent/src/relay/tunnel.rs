@@ -6,7 +6,7 @@
 use std::future::Future;
 use std::io::{self, IoSlice};
 use std::pin::pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::net::TcpStream;
@@ -90,9 +90,12 @@ pub(super) async fn relay<C>(
     .await;
     match &result {
         Ok(()) => tcp.finished(),
-        Err(End::Tcp(_)) => relay.stream.reset_after_sent(Reason::CONNECT_ERROR),
+        Err(End::Tcp(_)) => {
+            relay.upload_rest();
+            relay.stream.reset_after_sent(Reason::CONNECT_ERROR);
+        }
         Err(End::Closed(_)) => relay.stream.reset(Reason::CANCEL),
-        Err(End::Tunnel(_)) => {}
+        Err(End::Tunnel(_)) => relay.download_rest(),
     }
     result
 }
@@ -190,6 +193,45 @@ impl<U: Fn(u64), D: Fn(u64)> Relay<'_, U, D> {
         match error {
             StreamError::Reset(Reason::NO_ERROR) if self.stream.is_receiving_finished() => Ok(()),
             error => Err(Side::Tunnel(error)),
+        }
+    }
+
+    /// Passes on what the application sent before its connection failed, as far as the tunnel takes
+    /// it at once. It may have come together with the failure, which was noticed first.
+    fn upload_rest(&mut self) {
+        if !self.uploading {
+            return;
+        }
+        let mut cx = Context::from_waker(Waker::noop());
+        for _ in 0..TURN {
+            let Poll::Ready(Ok(allowed)) = self.stream.poll_sendable(&mut cx, SMALL) else {
+                return;
+            };
+            let data = scratch::with(|buffer| {
+                let buffer = buffer.get_mut(..allowed.min(SMALL)).unwrap_or_default();
+                let count = tcp::read_now(self.tcp, buffer)?;
+                Some(Bytes::copy_from_slice(buffer.get(..count).unwrap_or_default()))
+            });
+            let Some(data) = data else { return };
+            let count = data.len();
+            if self.stream.send(data).is_err() {
+                return;
+            }
+            (self.upload)(count as u64);
+        }
+    }
+
+    /// The same for what came out of the tunnel before it failed.
+    fn download_rest(&mut self) {
+        let mut cx = Context::from_waker(Waker::noop());
+        let _ = self.stream.poll_fill(&mut cx);
+        while self.stream.has_received() {
+            let mut slices = [IoSlice::new(&[])];
+            self.stream.received(&mut slices);
+            let [data] = slices;
+            let Some(count) = tcp::write_now(self.tcp, &data) else { return };
+            self.stream.consume(count);
+            (self.download)(count as u64);
         }
     }
 
