@@ -23,7 +23,7 @@ use tracing::level_filters::LevelFilter;
 use crate::admin::readiness::{OpenTask, PROXY, Readiness, STATE_MANAGER};
 use crate::admin::{AdminAddrs, AdminServers, Sources};
 use crate::ca::{Certificates, EmbeddedCa};
-use crate::capture::{Capture, CaptureOptions, Netns};
+use crate::capture::{Capture, CaptureOptions, KERNEL_LOG, Netns};
 use crate::config::{Config, MeshSettings};
 use crate::connections::Connections;
 use crate::drain::{self, DrainEnd};
@@ -164,8 +164,8 @@ fn start_capture(config: &Config, first: &MeshFile) -> anyhow::Result<Capture> {
         Some(path) => Netns::open(path).context("culvert.nodeNetns")?,
         None => Netns::current()?,
     };
-    let logs = |level| config.log.directives.contains(level);
-    let log_level = match logs("debug") || logs("trace") {
+    let directives: Directives = config.log.directives.parse()?;
+    let log_level = match directives.want_debug(KERNEL_LOG) {
         true => LevelFilter::DEBUG,
         false => LevelFilter::OFF,
     };

@@ -33,7 +33,7 @@ use tracing::level_filters::LevelFilter;
 
 pub use culvert_core::tables::{NetnsCookie, PodSpec};
 pub use detach::{DetachReport, detach};
-pub use logs::KernelLogs;
+pub use logs::{KERNEL_LOG, KernelLogs};
 pub use maps::MapCounts;
 pub use netns::{Listeners, Netns, NetnsError};
 

@@ -3,7 +3,7 @@
 use std::io;
 
 use culvert_core::admit::Admission;
-use culvert_core::authorize::Denied;
+use culvert_core::authorize::{Denied, Permit};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -29,7 +29,13 @@ pub fn denied_headers(denied: &Denied) -> HeaderMap {
 }
 
 /// The connection to the application, which has been told first what it is to be told.
-pub async fn deliver(pod: &Pod, admission: &Admission) -> io::Result<TcpStream> {
+///
+/// It takes the proof that the connection was authorized.
+pub async fn deliver(
+    pod: &Pod,
+    admission: &Admission,
+    _authorized: Permit,
+) -> io::Result<TcpStream> {
     let to = admission.to.addr();
     let mut server = dial::dial_application(&pod.netns, to, admission.from).await?;
     if let Some(header) = &admission.proxy {

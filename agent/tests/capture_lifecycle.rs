@@ -197,6 +197,8 @@ fn serve_until(stop: &AtomicBool, listener: &TcpListener, text: &[u8], check: im
         match listener.accept() {
             Ok((mut stream, _)) => {
                 check(&stream);
+                // The listeners' sockets end with a reset unless the agent says otherwise.
+                socket2::SockRef::from(&stream).set_linger(None).unwrap();
                 stream.write_all(text).unwrap();
             }
             Err(_) => thread::yield_now(),

@@ -273,8 +273,8 @@ fn excluded_ports_and_ranges_leave_the_pod_plainly() {
     // The other end answers by refusing, as nobody listens there: a captured one would connect.
     let neighbour = mesh._node.pod();
     let name = neighbour.name();
-    for (other, family) in [("10.200.1.1/32", ""), ("fd99::1/128", "-6")] {
-        ip(&format!("-n {name} addr add {other} dev eth0"));
+    for (other, family, at_once) in [("10.200.1.1/32", "", ""), ("fd99::1/128", "-6", "nodad")] {
+        ip(&format!("-n {name} addr add {other} dev eth0 {at_once}"));
         ip(&format!("-n {} {family} route add {other} dev h2", mesh._node.name()));
     }
     for to in ["10.200.1.1:80", "[fd99::1]:80", "[::ffff:10.200.1.1]:80"] {

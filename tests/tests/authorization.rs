@@ -311,3 +311,34 @@ fn live_connections_are_judged_again_after_every_change() {
     }
     assert!(prompt.iter().min() < Some(&PROMPT), "{prompt:?}");
 }
+
+#[test]
+fn a_pod_is_known_by_its_service_account_of_now() {
+    let renamed = rule(Match::any().service_account("web", "renamed"));
+    let mut mesh = mesh(&[("shop", "shop")])
+        .policy(PolicySpec::allow("renamed", "shop", vec![renamed]))
+        .start()
+        .unwrap();
+    let targets = ["near-shop", "far-shop"].map(|server| {
+        serve(&mesh, server, 8080, echo).unwrap();
+        (IpAddr::from(mesh.pod(server).v4()), 8080)
+    });
+    let a = mesh.agent("a", &binary()).unwrap();
+    let b = mesh.agent("b", &binary()).unwrap();
+    let rename = |mesh: &mut Mesh, account: &str| {
+        let front = mesh.pods.iter_mut().find(|pod| pod.name == "front");
+        front.unwrap().service_account = account.to_owned();
+    };
+    for account in ["front", "renamed", "front"] {
+        if account != mesh.spec("front").service_account {
+            edit(&mut mesh, &[&a, &b], |mesh| rename(mesh, account)).unwrap();
+        }
+        for to in targets {
+            if account == "renamed" {
+                assert_eq!(call(&mesh, "front", to, "hello").unwrap(), "hello", "{to:?}");
+            } else {
+                is_refused(&mesh, "front", to).unwrap();
+            }
+        }
+    }
+}

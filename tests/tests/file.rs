@@ -135,6 +135,7 @@ fn a_fault_in_a_service_or_policy_is_told_with_its_place() {
 #[test]
 fn a_fault_in_culverts_section_is_told_with_its_place() {
     refuses(&[
+        ("culvert:\n", "culvert:\n  trustDomain: other\n", "culvert.trustDomain: "),
         ("ttl: 86400s", "ttl: long", "culvert.ca.ttl: \"long\" is not a duration"),
         ("requireWaypoint: nobody", "requireWaypoint: some", "culvert.requireWaypoint: "),
         ("requireWaypoint: nobody", "requireWaypoint: [\"lab//Pod/no/no\"]", "no workload of this"),

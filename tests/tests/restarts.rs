@@ -122,10 +122,9 @@ fn pod_that_comes_back_under_its_name_is_another_one() {
     for _ in 0..3 {
         mesh.add_pod("a", PodSpec::new("again", "shop", "again")).unwrap();
         serve(&mesh, "again", PORT, echo).unwrap();
-        let address = mesh.pod("again").v4().to_string();
-        wait::until("the pod to be enrolled", wait::SOON, || {
-            let pods = a.admin("/culvert/pods").unwrap().body;
-            pods.contains(&address) && figures::enrolled(&a).unwrap().len() == 3
+        // Its workload may be known a moment before its namespace is captured.
+        wait::until_some("the pod to answer", wait::SOON, || {
+            call(&mesh, "client", both(&mesh, "again")[0], "hello")
         })
         .unwrap();
         assert_answered(&mesh, &["again"]);

@@ -177,8 +177,7 @@ fn stalled_clients(server: &str) {
             stalled.push((stream, seed));
         }
         wait_stalled(|| sent.load(Ordering::Relaxed), AMOUNT * u64::from(count));
-        let loaded = median(&mesh, to[0]);
-        assert!(as_quick(loaded, quiet), "{count} stalled: {loaded:?}, quiet {quiet:?}");
+        assert_as_quick(&mesh, to[0], quiet, count);
         for (agent, before) in agents.iter().zip(before) {
             let grown = figures::resident(agent).unwrap().saturating_sub(before);
             let bound = SLACK + HELD * u64::from(count);
@@ -196,9 +195,13 @@ fn stalled_clients(server: &str) {
     assert_eq!(sent.load(Ordering::Relaxed), AMOUNT * stalled.len() as u64);
 }
 
-/// A generous factor, for the machine has other things to do; a stall takes seconds.
-fn as_quick(loaded: Duration, quiet: Duration) -> bool {
-    loaded < quiet * 10 + Duration::from_millis(30)
+/// Requests to `to` are answered as when all was quiet, by a generous factor. Something else may keep
+/// the machine busy for a moment, so there are a few attempts; what is stalled stays so.
+fn assert_as_quick(mesh: &Running, to: IpAddr, quiet: Duration, stalled: u8) {
+    let bound = quiet * 10 + Duration::from_millis(20);
+    let mut attempts = (0..5).map(|_| median(mesh, to));
+    let quick = attempts.any(|loaded| loaded < bound);
+    assert!(quick, "{stalled} stalled: five times slower than {bound:?}, quiet {quiet:?}");
 }
 
 #[test]
@@ -256,8 +259,7 @@ fn stalled_servers(server: &str) {
             }
             streams = count;
             wait_stalled(|| sent.load(Ordering::Relaxed), AMOUNT * u64::from(count));
-            let loaded = median(&mesh, to[1]);
-            assert!(as_quick(loaded, quiet), "{count} stalled: {loaded:?}, quiet {quiet:?}");
+            assert_as_quick(&mesh, to[1], quiet, count);
             for (agent, before) in agents.iter().zip(before) {
                 let grown = figures::resident(agent).unwrap().saturating_sub(before);
                 let bound = SLACK + HELD * u64::from(count);

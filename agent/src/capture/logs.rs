@@ -7,6 +7,9 @@ use aya_log::EbpfLogger;
 use log::{Level, Log, Metadata, Record};
 use tokio::io::unix::AsyncFd;
 
+/// The log's scope of what the kernel programs say.
+pub const KERNEL_LOG: &str = "culvert::kernel";
+
 /// Unread records of the kernel programs.
 pub struct KernelLogs(EbpfLogger<ToTracing>);
 
@@ -51,11 +54,11 @@ impl Log for ToTracing {
         let program = record.module_path().unwrap_or_default();
         let message = record.args();
         match record.level() {
-            Level::Error => tracing::error!(target: "culvert::kernel", program, "{message}"),
-            Level::Warn => tracing::warn!(target: "culvert::kernel", program, "{message}"),
-            Level::Info => tracing::info!(target: "culvert::kernel", program, "{message}"),
-            Level::Debug => tracing::debug!(target: "culvert::kernel", program, "{message}"),
-            Level::Trace => tracing::trace!(target: "culvert::kernel", program, "{message}"),
+            Level::Error => tracing::error!(target: KERNEL_LOG, program, "{message}"),
+            Level::Warn => tracing::warn!(target: KERNEL_LOG, program, "{message}"),
+            Level::Info => tracing::info!(target: KERNEL_LOG, program, "{message}"),
+            Level::Debug => tracing::debug!(target: KERNEL_LOG, program, "{message}"),
+            Level::Trace => tracing::trace!(target: KERNEL_LOG, program, "{message}"),
         }
     }
 

@@ -137,11 +137,12 @@ impl Tunnel {
     ) {
         let open = self.open(local, authority, headers, &admission);
         let guard = self.register(headers, local, &admission, &open);
-        match self.node.authorize(local, &admission.connection) {
-            Ok(permit) => guard.entry().permitted(permit.to_string()),
+        let permit = match self.node.authorize(local, &admission.connection) {
+            Ok(permit) => permit,
             Err(denied) => return deny(request, open, &denied),
-        }
-        let server = match session::deliver(&self.pod, &admission).await {
+        };
+        guard.entry().permitted(permit.to_string());
+        let server = match session::deliver(&self.pod, &admission, permit).await {
             Ok(server) => server,
             Err(error) => {
                 request.refuse(StatusCode::SERVICE_UNAVAILABLE, HeaderMap::new());

@@ -82,15 +82,16 @@ async fn judge(
         service: admission.service.as_ref().map(|service| service.hostname.clone()),
         counters: open.counters(),
     });
-    match node.authorize(local, &admission.connection) {
-        Ok(permit) => guard.entry().permitted(permit.to_string()),
+    let permit = match node.authorize(local, &admission.connection) {
+        Ok(permit) => permit,
         Err(denied) => {
             reset(tcp);
             let error = format!("connection closed due to policy rejection: {denied}");
             return open.close(Err(Failure::denied(error, denial(&denied))));
         }
-    }
-    let server = match session::deliver(pod, &admission).await {
+    };
+    guard.entry().permitted(permit.to_string());
+    let server = match session::deliver(pod, &admission, permit).await {
         Ok(server) => server,
         Err(error) => {
             reset(tcp);

@@ -35,11 +35,12 @@ pub(super) async fn carry(captured: Captured<'_>, to: AppAddr, destination: Arc<
     let inbound = flow.open_destination(&identities, &admission);
     let inbound_guard = flow.register_destination(&identities, &admission, &inbound);
     let node = flow.captured.node;
-    match node.authorize(&flow.destination, &admission.connection) {
-        Ok(permit) => inbound_guard.entry().permitted(permit.to_string()),
+    let permit = match node.authorize(&flow.destination, &admission.connection) {
+        Ok(permit) => permit,
         Err(denied) => return deny(flow.captured.tcp, source, inbound, &denied),
-    }
-    let server = match session::deliver(&pod, &admission).await {
+    };
+    inbound_guard.entry().permitted(permit.to_string());
+    let server = match session::deliver(&pod, &admission, permit).await {
         Ok(server) => server,
         Err(error) => {
             let error = format!("connection failed: {error}");

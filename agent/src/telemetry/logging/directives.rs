@@ -39,6 +39,11 @@ impl Directives {
         self.everything.is_none() && self.scopes.is_empty()
     }
 
+    /// Whether a line of this target at debug is wanted.
+    pub fn want_debug(&self, target: &str) -> bool {
+        self.targets().would_enable(target, &tracing::Level::DEBUG)
+    }
+
     pub(super) fn targets(&self) -> Targets {
         // A scope may be one of ours, written without the crate, or another crate.
         self.scopes.iter().fold(

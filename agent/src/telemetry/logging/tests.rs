@@ -33,6 +33,21 @@ fn directives_accept_both_separators_and_print_back() {
 }
 
 #[test]
+fn debug_is_wanted_of_everything_or_of_a_scope_and_what_lies_below() {
+    for (directives, wanted) in [
+        ("debug", true),
+        ("trace", true),
+        ("info,culvert::kernel=debug", true),
+        ("culvert=debug", true),
+        ("info", false),
+        ("info,access=debug", false),
+        ("debug,culvert::kernel=info", false),
+    ] {
+        assert_eq!(parsed(directives).want_debug("culvert::kernel"), wanted, "{directives}");
+    }
+}
+
+#[test]
 fn what_is_no_directive_is_named() {
     let invalid = |text: &str| text.parse::<Directives>().unwrap_err().to_string();
     let level = "\"loud\" is not a level: off, error, warn, info, debug or trace";
