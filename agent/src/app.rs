@@ -45,6 +45,11 @@ const LOOK_AFTER_PODS: Duration = Duration::from_secs(1);
 /// Runs the agent until it is told to stop and its connections are drained.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let log = start_log(&config)?;
+    match crate::capture::raise_open_files() {
+        // Each relayed connection has two sockets.
+        Ok(limit) => tracing::debug!(limit, "open files"),
+        Err(error) => tracing::warn!(%error, "the limit of open files stays as it is"),
+    }
     let readiness = Readiness::default();
     let (loading, starting) = (readiness.open(STATE_MANAGER), readiness.open(PROXY));
     let (first, source) = FileSource::open(&config.file).await?;

@@ -36,6 +36,7 @@ pub use detach::{DetachReport, detach};
 pub use logs::{KERNEL_LOG, KernelLogs};
 pub use maps::MapCounts;
 pub use netns::{Listeners, Netns, NetnsError};
+pub use sys::raise_open_files;
 
 use links::Programs;
 use maps::Maps;

@@ -106,6 +106,21 @@ pub fn link_detach(link: BorrowedFd) -> io::Result<()> {
     unsafe { bpf(BPF_LINK_DETACH, &mut attributes) }.map(drop)
 }
 
+/// Raises the limit of open files as far as it may be (getrlimit(2)); gives the limit then in force.
+pub fn raise_open_files() -> io::Result<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel fills the structure.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: the kernel reads the structure.
+    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(limit.rlim_cur)
+}
+
 /// Inode number of the network namespace a link is attached to; `None` once that is gone.
 pub fn link_netns(link: BorrowedFd) -> io::Result<Option<u64>> {
     // `netns.netns_ino` is the lower half of the first word, on machines of either byte order.
