@@ -97,6 +97,8 @@ fn needs(purpose: Purpose) -> Vec<Need> {
     let mut needs = vec![
         need("a C compiler", || shell::find("cc").is_some(), &["gcc", "libc6-dev"], None),
         kernel_toolchain(),
+        // bpf-linker links LLVM, which is C++.
+        need("a C++ compiler", || shell::find("c++").is_some(), &["g++"], None),
         need("LLVM 22", has_llvm, &["llvm-22-dev"], None),
         need("bpf-linker", || shell::find("bpf-linker").is_some(), &[], Some(install_bpf_linker)),
     ];
