@@ -238,6 +238,24 @@ impl Capture {
         self.forget(&mut maps, cookie)
     }
 
+    /// Forgets a pod once its namespace has ended; says whether it has. Until then the pod stays
+    /// captured, and refused when it has no listeners: a name that is gone does not mean that no
+    /// process is left inside.
+    pub fn forget_ended(&self, cookie: NetnsCookie) -> Result<bool, CaptureError> {
+        let mut maps = self.maps.lock();
+        if !maps.is_enrolled(cookie) {
+            return Ok(true);
+        }
+        let link = self.pins.open_pod(cookie)?;
+        let inode =
+            sys::link_netns(link.as_fd()).map_err(|error| CaptureError::Pod { cookie, error })?;
+        if inode.is_some() {
+            return Ok(false);
+        }
+        self.forget(&mut maps, cookie)?;
+        Ok(true)
+    }
+
     /// Keeps a socket of the agent from being captured. A pod cannot do this to its own sockets: it
     /// takes access to the map, not a mark.
     pub fn exempt(&self, socket: impl AsFd) -> Result<(), CaptureError> {

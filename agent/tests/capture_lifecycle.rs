@@ -328,6 +328,21 @@ fn pod_whose_namespace_vanished_can_be_withdrawn() {
 }
 
 #[test]
+fn pod_is_forgotten_when_its_namespace_has_ended_and_not_before() {
+    let node = Node::new();
+    let pod = node.pod();
+    let capture = node.capture();
+    let listeners = pod.enrol(&capture);
+    let cookie = pod.netns.cookie();
+    close(listeners);
+    assert!(!capture.forget_ended(cookie).unwrap());
+    assert_eq!(pod.connect(foreign()).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    drop(pod);
+    eventually("forgotten", || capture.forget_ended(cookie).unwrap());
+    assert_eq!(capture.counts(), MapCounts::default());
+}
+
+#[test]
 fn changed_cgroup_is_attached_to() {
     let mut node = Node::new();
     let root = node.options.cgroup.clone();

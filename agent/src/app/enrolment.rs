@@ -13,7 +13,9 @@ use tokio::net::TcpListener;
 use tokio::time::Instant;
 
 use crate::admin::readiness::{OpenTask, Readiness, WORKLOAD_PROXY_MANAGER};
-use crate::capture::{CaptureError, Listeners, Netns, NetnsError, PodListeners, PodSpec};
+use crate::capture::{
+    CaptureError, Listeners, Netns, NetnsCookie, NetnsError, PodListeners, PodSpec,
+};
 use crate::drain::DrainWatch;
 use crate::file::{NetnsRef, PodSettings};
 use crate::hbone::Pool;
@@ -46,6 +48,8 @@ pub(super) struct Enrolment {
     drain: DrainWatch,
     enrolled: HashMap<Arc<str>, EnrolledPod>,
     failed: HashMap<Arc<str>, Instant>,
+    /// Namespaces whose name is gone, by workload: refused everything until they have ended.
+    ending: HashMap<NetnsCookie, Arc<str>>,
     table: PodTable,
     unready: Option<OpenTask>,
 }
@@ -81,6 +85,7 @@ impl Enrolment {
             drain,
             enrolled: HashMap::new(),
             failed: HashMap::new(),
+            ending: HashMap::new(),
             table: PodTable::default(),
             unready,
         }
@@ -106,6 +111,7 @@ impl Enrolment {
         for (uid, (settings, workload)) in &ours {
             self.settle(uid, settings, workload).await;
         }
+        self.forget_ended(&ours);
         self.let_go_of_strangers().await;
         self.tell(&ours);
     }
@@ -123,10 +129,44 @@ impl Enrolment {
         for (uid, gone) in parting {
             if let Some(enrolled) = self.enrolled.remove(&uid) {
                 self.publish();
-                self.withdraw(enrolled, gone).await;
+                if gone && ours.contains_key(&uid) {
+                    self.end(uid, enrolled);
+                } else {
+                    self.withdraw(enrolled, gone).await;
+                }
             }
         }
         self.failed.retain(|uid, _| ours.contains_key(uid));
+    }
+
+    /// The name of a wanted pod's namespace is gone, and maybe not all of its processes: without
+    /// listeners it stays captured and is refused everything.
+    fn end(&mut self, uid: Arc<str>, enrolled: EnrolledPod) {
+        let cookie = enrolled.pod.netns.cookie();
+        tracing::info!(workload = %uid, %cookie, "the pod's network namespace is gone");
+        self.node.telemetry.pods().stopped.inc();
+        enrolled.pod.end();
+        self.ending.insert(cookie, uid);
+    }
+
+    /// What the file no longer names is not kept refused, but let go with the strangers.
+    fn forget_ended(&mut self, ours: &HashMap<Arc<str>, (&PodSettings, Arc<Workload>)>) {
+        let enrolled = &self.enrolled;
+        let again =
+            |cookie| enrolled.values().any(|enrolled| enrolled.pod.netns.cookie() == cookie);
+        let capture = &self.node.capture;
+        self.ending.retain(|cookie, uid| {
+            if !ours.contains_key(uid) || again(*cookie) {
+                return false;
+            }
+            match capture.forget_ended(*cookie) {
+                Ok(ended) => !ended,
+                Err(error) => {
+                    tracing::error!(%cookie, %error, "cannot forget a pod that has ended");
+                    true
+                }
+            }
+        });
     }
 
     async fn withdraw(&self, enrolled: EnrolledPod, gone: bool) {
@@ -278,7 +318,10 @@ impl Enrolment {
         let known: Vec<_> =
             self.enrolled.values().map(|enrolled| enrolled.pod.netns.cookie()).collect();
         let capture = self.node.capture.clone();
-        let strangers = capture.pods().into_iter().filter(|cookie| !known.contains(cookie));
+        let strangers = capture
+            .pods()
+            .into_iter()
+            .filter(|cookie| !known.contains(cookie) && !self.ending.contains_key(cookie));
         for cookie in strangers.collect::<Vec<_>>() {
             let capture = capture.clone();
             match tokio::task::spawn_blocking(move || capture.withdraw(cookie)).await {
