@@ -5,7 +5,7 @@ use crate::addr::NetworkAddress;
 use crate::fixtures::*;
 use crate::service::{Visibility, WeightedWaypoint};
 use crate::snapshot::Change;
-use crate::view::{Answers, Enrolled};
+use crate::view::{Answers, Coverage, Enrolled};
 use crate::workload::ApplicationTunnel;
 
 const HOST: &str = "api.shop";
@@ -31,7 +31,7 @@ fn admitted(
 ) -> Result<Admission, Refusal> {
     let enrolled = Enrolled::default();
     let answers = Answers::default();
-    let view = View { snapshot, network: "n1", node: "", enrolled: &enrolled, answers: &answers };
+    let view = View { snapshot, network: "n1", node: "", enrolled: &enrolled, answers: &answers, coverage: Coverage::Whole };
     let inbound = Inbound {
         local,
         addressed: "10.1.0.7".parse().unwrap(),

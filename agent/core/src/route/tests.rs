@@ -10,7 +10,7 @@ use super::*;
 use crate::fixtures::*;
 use crate::service::{BalanceMode, WeightedWaypoint};
 use crate::snapshot::{Change, Snapshot};
-use crate::view::{Answers, Enrolled, Need};
+use crate::view::{Answers, Coverage, Enrolled, Need};
 
 const API: &str = "shop/api.shop";
 const WAYPOINT: &str = "shop/waypoint.shop";
@@ -51,7 +51,7 @@ fn run(
     enrolled: &Enrolled,
 ) -> Result<Routed, NoRoute> {
     let answers = Answers::default();
-    let view = View { snapshot, network: "n1", node: "", enrolled, answers: &answers };
+    let view = View { snapshot, network: "n1", node: "", enrolled, answers: &answers, coverage: Coverage::Whole };
     let destination = OriginalDst::new(to.parse().unwrap());
     let client = source.addresses.first().copied().unwrap();
     let request = Outbound { source, client, destination };
