@@ -183,9 +183,8 @@ impl Stream {
     /// Goes on behind what was missed; gives how much cannot be checked.
     fn give_up(&mut self) -> u64 {
         let bytes = std::mem::take(&mut self.held_bytes) as u64;
-        let ends = std::mem::take(&mut self.held);
-        let ends = ends.iter().map(|(sequence, bytes)| sequence.wrapping_add(bytes.len() as u32));
-        if let Some(end) = ends.last() {
+        if let Some((sequence, last)) = std::mem::take(&mut self.held).last() {
+            let end = sequence.wrapping_add(last.len() as u32);
             self.lost = true;
             let first = self.place.map_or(end, |place| place.first);
             self.place = Some(Place { first, next: end });
