@@ -30,6 +30,16 @@ pub struct Inbound<'a> {
     pub authority: &'a Authority,
     /// The `host` of the `forwarded` header (RFC 7239); names the service in telemetry only.
     pub forwarded_host: Option<&'a str>,
+    pub header_to: HeaderTo,
+}
+
+/// Where a workload listens whose application tunnel has a header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeaderTo {
+    /// At a loopback address, where nobody but the agent can send it one.
+    Loopback,
+    /// At the address that the connection was made to.
+    Address,
 }
 
 /// How to deliver a connection once it is authorized.
@@ -107,15 +117,17 @@ fn decide(view: &View<'_>, inbound: &Inbound<'_>) -> Result<Admission, Stop<Refu
     let wants_header = local
         .application_tunnel
         .is_some_and(|tunnel| tunnel.protocol == ApplicationTunnelProtocol::Proxy);
-    let (to, from, proxy) = if wants_header {
-        let header = ProxyHeader {
+    let proxy = match wants_header {
+        true => Some(ProxyHeader {
             source: inbound.peer,
             destination: shown_destination(view, inbound.authority, target.service)?,
             identity: Some(inbound.identity.clone()),
-        };
-        (loopback_like(addressed), DialFrom::Loopback, Some(header))
-    } else {
-        (addressed, dial_from(inbound.peer, addressed), None)
+        }),
+        false => None,
+    };
+    let (to, from) = match (&proxy, inbound.header_to) {
+        (Some(_), HeaderTo::Loopback) => (loopback_like(addressed), DialFrom::Loopback),
+        (Some(_), HeaderTo::Address) | (None, _) => (addressed, dial_from(inbound.peer, addressed)),
     };
     let connection = Connection {
         source: inbound.peer.ip().to_canonical(),
