@@ -28,6 +28,7 @@ pub mod ca;
 pub mod tls;
 
 pub mod file;
+pub mod watch;
 
 pub mod admin;
 pub mod connections;

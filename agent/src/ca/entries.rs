@@ -203,7 +203,7 @@ impl Entries {
             return;
         }
         let spread = self.random.random_range(-1.0..=1.0);
-        match answer.and_then(|certificate| acceptable(identity, certificate, now)) {
+        match answer {
             Ok(certificate) => {
                 let (begin, end) = (certificate.not_before(), certificate.not_after());
                 let renewal = refresh_at(begin, end, now.wall, spread);
@@ -261,21 +261,5 @@ impl Entry {
         let cert_chain = certificate.map(|certificate| certificate.chain()).unwrap_or_default();
         let roots = certificate.map(|certificate| certificate.roots()).unwrap_or_default();
         CertificateState { identity, state, cert_chain, roots }
-    }
-}
-
-/// Refuses what is for someone else or already over.
-fn acceptable(
-    wanted: &Identity,
-    certificate: WorkloadCertificate,
-    now: Now,
-) -> Result<WorkloadCertificate, CaError> {
-    if certificate.identity() != wanted {
-        let (wanted, issued) = (wanted.clone(), certificate.identity().clone());
-        return Err(CaError::WrongIdentity { wanted, issued });
-    }
-    match now.wall < certificate.not_after() {
-        true => Ok(certificate),
-        false => Err(CaError::Expired { identity: wanted.clone() }),
     }
 }

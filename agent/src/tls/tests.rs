@@ -33,7 +33,7 @@ fn trusting(authority: &Authority) -> Arc<RootCertStore> {
 
 fn verifier(authority: &Authority, expect: &str) -> ServerVerifier {
     let algorithms = config::provider().signature_verification_algorithms;
-    ServerVerifier::new(trusting(authority), algorithms).expecting(&[id(expect)])
+    ServerVerifier::new(trusting(authority), algorithms, Trust::default()).expecting(&[id(expect)])
 }
 
 /// A client with any leaf at all, towards a server of ours.
@@ -57,7 +57,7 @@ async fn accepting_from(ours: &Authority, client: ClientConfig) -> Result<Identi
 async fn connecting(ours: &Authority, leaf: &Leaf, expect: &[Identity]) -> Result<(), TlsError> {
     let provider = Arc::new(config::provider());
     let server =
-        config::server(&provider, &leaf.certified(), &trusting(ours), &"td1".into()).unwrap();
+        config::server(&provider, &leaf.certified(), &trusting(ours), &"td1".into(), &Trust::default()).unwrap();
     let client = ours.workload(CLIENT);
     let (near, far) = duplex(16384);
     let peer = tokio::spawn(async move { TlsAcceptor::from(Arc::new(server)).accept(far).await });
@@ -271,8 +271,7 @@ async fn intermediate_is_sent_and_root_is_not() {
     let root = Authority::root("root");
     let middle = root.intermediate("middle");
     let leaf = middle.leaf(Wanted::uris(&[SERVER]));
-    let chain = vec![leaf.der, middle.der.clone()];
-    let server = WorkloadCertificate::new(chain, leaf.key, vec![root.der.clone()]).unwrap();
+    let server = leaf.workload(&[&middle], &[&root], &Trust::default());
     let client = root.workload(CLIENT);
     let (near, far) = duplex(16384);
     let expect = [id(SERVER)];
@@ -355,7 +354,9 @@ fn unusable_certificates_say_why() {
     let leaf = ours.leaf(Wanted::uris(&[X]));
     let other = ours.leaf(Wanted::uris(&[X]));
     let roots = || vec![ours.der.clone()];
-    let made = |chain, key, roots| WorkloadCertificate::new(chain, key, roots).unwrap_err();
+    let made = |chain, key, roots| {
+        WorkloadCertificate::new(Issued { chain, key, roots }, &Trust::default()).unwrap_err()
+    };
     assert!(matches!(made(vec![], leaf.key.clone(), roots()), UnusableCertificate::EmptyChain));
     let error = made(vec![leaf.der.clone()], other.key, roots());
     assert!(matches!(error, UnusableCertificate::Key { .. }), "{error}");
@@ -374,8 +375,7 @@ fn summary_is_pem_with_decimal_serial_and_whole_seconds() {
     let not_before = time::macros::datetime!(2026-03-01 00:00:00 UTC);
     let not_after = time::macros::datetime!(2026-03-02 00:00:00 UTC);
     let leaf = ours.leaf(Wanted { not_before, not_after, ..Wanted::uris(&[X]) });
-    let certificate =
-        WorkloadCertificate::new(vec![leaf.der], leaf.key, vec![ours.der.clone()]).unwrap();
+    let certificate = leaf.workload(&[], &[&ours], &Trust::default());
     let [summary] = certificate.chain().try_into().unwrap();
     assert_eq!(summary.valid_from, "2026-03-01T00:00:00Z");
     assert_eq!(summary.expiration, "2026-03-02T00:00:00Z");
