@@ -27,6 +27,7 @@ pub mod relay;
 pub mod ca;
 pub mod tls;
 
+pub mod control;
 pub mod file;
 pub mod watch;
 

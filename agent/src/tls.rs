@@ -13,6 +13,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 pub use certificate::{CertificateSummary, Issued, UnusableCertificate, WorkloadCertificate};
+pub(crate) use config::provider;
 pub use crl::{CrlError, CrlFile};
 pub use error::{PeerFault, Side, TlsError};
 pub use revocation::{InvalidCrl, PeerWatch, RevocationList, Revocations};

@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::entries::{CertificateState, Entries, Found, Now, Request};
-use super::{AnswerFault, CaError, IdentitySource};
+use super::{AnswerFault, CaError, IdentityChanges, IdentitySource};
 use crate::tls::{Issued, Trust, WorkloadCertificate};
 
 /// Requests to the authority at one time.
@@ -103,6 +103,12 @@ impl Certificates {
     /// Drops an identity that no workload of this node has any more; who waits for it gets an error.
     pub fn forget(&self, identity: &Identity) {
         self.shared.entries.lock().forget(identity);
+    }
+
+    /// Prefetches and forgets what a step of the mesh made needed and unneeded.
+    pub fn settle(&self, due: &IdentityChanges) {
+        due.prefetch.iter().for_each(|identity| self.prefetch(identity));
+        due.forget.iter().for_each(|identity| self.forget(identity));
     }
 
     /// All known identities, sorted, with what is cached for each.

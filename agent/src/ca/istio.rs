@@ -153,7 +153,7 @@ impl IstioCa {
             Some(failed) => self.control.connect_after(failed).await,
             None => self.control.connect().await,
         };
-        match (connected, &link.channel) {
+        match (connected, link.channel.clone()) {
             (Ok(channel), _) => {
                 *self.authority.lock() = channel.address().clone();
                 link.channel = Some(channel.clone());
@@ -166,7 +166,7 @@ impl IstioCa {
                     %error,
                     "no channel to the certificate authority with its new roots, the old one is used"
                 );
-                Ok((old.clone(), link.number))
+                Ok((old, link.number))
             }
             (Err(error), None) => Err(error.to_string()),
         }

@@ -201,6 +201,11 @@ pub struct Tracked {
 }
 
 impl PeerWatch {
+    /// Whether there are lists but nothing to compare them with.
+    pub fn is_untracked(&self) -> bool {
+        matches!(self, PeerWatch::Untracked)
+    }
+
     /// Ready when lists in force name a certificate of the peer's chain, also if they came while the
     /// handshake was made; otherwise never.
     pub async fn revoked(self) {

@@ -383,3 +383,120 @@ fn summary_is_pem_with_decimal_serial_and_whole_seconds() {
     assert_eq!(summary.pem.replace("\r\n", "\n"), leaf.pem);
     assert_eq!(certificate.roots().len(), 1);
 }
+
+fn aliased() -> Trust {
+    let domains = TrustDomains::new("td1".into(), ["old".into()]);
+    Trust { domains, ..Trust::default() }
+}
+
+async fn handshake(
+    server: &WorkloadCertificate,
+    client: &WorkloadCertificate,
+    expect: &str,
+) -> (
+    Result<(ServerStream<DuplexStream>, Identity), TlsError>,
+    Result<ClientStream<DuplexStream>, TlsError>,
+) {
+    let (near, far) = duplex(16384);
+    let expect = [id(expect)];
+    tokio::join!(
+        accept(near, server, HANDSHAKE_LIMIT),
+        connect(far, client, &expect, HANDSHAKE_LIMIT)
+    )
+}
+
+#[tokio::test]
+async fn alias_of_the_trust_domain_counts_as_ours_and_is_told_as_presented() {
+    const OLD: &str = "spiffe://old/ns/a/sa/x";
+    let root = Authority::root("root");
+    let ours = root.workload_trusting(X, &[&root], &aliased());
+    let old = root.workload_trusting(OLD, &[&root], &aliased());
+    let foreign = root.workload_trusting(FOREIGN, &[&root], &aliased());
+    // As server, both ways.
+    assert_eq!(handshake(&ours, &old, X).await.0.unwrap().1, id(OLD));
+    assert_eq!(handshake(&old, &ours, OLD).await.0.unwrap().1, id(X));
+    // As client: what is expected under one name may be presented under the other.
+    handshake(&old, &ours, X).await.1.unwrap();
+    handshake(&ours, &old, OLD).await.1.unwrap();
+    let other_account = fault(handshake(&old, &ours, "spiffe://td1/ns/a/sa/y").await.1);
+    assert!(matches!(other_account, PeerFault::Unexpected { .. }), "{other_account}");
+    // Whoever is of neither domain stays foreign, and our aliases mean nothing to such a workload.
+    let refused = fault(handshake(&ours, &foreign, X).await.0);
+    assert!(matches!(refused, PeerFault::ForeignTrustDomain { .. }), "{refused}");
+    let refused = fault(handshake(&foreign, &old, FOREIGN).await.0);
+    assert!(matches!(refused, PeerFault::ForeignTrustDomain { .. }), "{refused}");
+}
+
+#[tokio::test]
+async fn alias_brings_no_roots_with_it() {
+    let (ours, theirs) = (Authority::root("ours"), Authority::root("theirs"));
+    let server = ours.workload_trusting(X, &[&ours], &aliased());
+    let client =
+        theirs.workload_trusting("spiffe://old/ns/a/sa/x", &[&ours, &theirs], &aliased());
+    assert_eq!(fault(handshake(&server, &client, X).await.0), PeerFault::UntrustedRoot);
+}
+
+#[tokio::test]
+async fn without_the_alias_the_old_name_is_foreign() {
+    let root = Authority::root("root");
+    let (ours, old) = (root.workload(X), root.workload("spiffe://old/ns/a/sa/x"));
+    let refused = fault(handshake(&ours, &old, X).await.0);
+    assert!(matches!(refused, PeerFault::ForeignTrustDomain { .. }), "{refused}");
+    let refused = fault(handshake(&old, &ours, X).await.1);
+    assert!(matches!(refused, PeerFault::Unexpected { .. }), "{refused}");
+}
+
+#[tokio::test]
+async fn roots_rotate_under_live_connections() {
+    let (old, new) = (Authority::root("old"), Authority::root("new"));
+    let plain = Trust::default();
+    let server_before = old.workload(SERVER);
+    let client_before = old.workload(CLIENT);
+    let (accepted, connected) = handshake(&server_before, &client_before, SERVER).await;
+    let (mut accepted, mut connected) = (accepted.unwrap().0, connected.unwrap());
+
+    // Both roots: peers of either are accepted, whichever signed our own.
+    let server_between = new.workload_trusting(SERVER, &[&old, &new], &plain);
+    let client_between = old.workload_trusting(CLIENT, &[&old, &new], &plain);
+    let (accepted_between, connected_between) =
+        handshake(&server_between, &client_between, SERVER).await;
+    let (mut accepted_between, mut connected_between) =
+        (accepted_between.unwrap().0, connected_between.unwrap());
+
+    // The new root only: the next handshake refuses the old one, in both roles.
+    let server_after = new.workload(SERVER);
+    let refused = fault(handshake(&server_after, &client_between, SERVER).await.0);
+    assert_eq!(refused, PeerFault::UntrustedRoot);
+    let client_after = new.workload(CLIENT);
+    let refused = fault(handshake(&server_before, &client_after, SERVER).await.1);
+    assert_eq!(refused, PeerFault::UntrustedRoot);
+    handshake(&server_after, &client_after, SERVER).await.0.unwrap();
+
+    for (near, far) in [
+        (&mut accepted, &mut connected),
+        (&mut accepted_between, &mut connected_between),
+    ] {
+        far.write_all(b"still").await.unwrap();
+        far.flush().await.unwrap();
+        let mut said = [0; 5];
+        near.read_exact(&mut said).await.unwrap();
+        assert_eq!(&said, b"still");
+    }
+}
+
+#[test]
+fn own_path_is_judged_as_peers_would() {
+    let (root, other) = (Authority::root("root"), Authority::root("other"));
+    let middle = root.intermediate("middle");
+    let now = OffsetDateTime::now_utc();
+    let plain = Trust::default();
+    let leaf = || middle.leaf(Wanted::uris(&[X]));
+    leaf().workload(&[&middle], &[&other, &root], &plain).verify_own_path(now).unwrap();
+    let cut = leaf().workload(&[], &[&root], &plain).verify_own_path(now);
+    assert_eq!(cut.unwrap_err(), "UnknownIssuer");
+    let strange = leaf().workload(&[&middle], &[&other], &plain).verify_own_path(now);
+    assert_eq!(strange.unwrap_err(), "UnknownIssuer");
+    let usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    let half = root.leaf(Wanted { usages, ..Wanted::uris(&[X]) });
+    half.workload(&[], &[&root], &plain).verify_own_path(now).unwrap_err();
+}
