@@ -33,7 +33,8 @@ pub type Clock = Arc<dyn Fn() -> OffsetDateTime + Send + Sync>;
 /// The cache of workload certificates, by identity.
 ///
 /// An identity is known from its first [`fetch`](Self::fetch) or [`prefetch`](Self::prefetch) until
-/// [`forget`](Self::forget). While known, its certificate is renewed around its half life, and asked for
+/// [`forget`](Self::forget). One that was never prefetched, or fetched after it was forgotten, is also
+/// dropped when nobody asks for it any more. While known, its certificate is renewed around its half life, and asked for
 /// again after failures; an old certificate serves as long as it is valid. What is past its end is never
 /// handed out. Dropping the cache ends all of its requests.
 pub struct Certificates {
@@ -189,8 +190,11 @@ async fn issue(
     match timeout(REQUEST_LIMIT, source.issue(&identity)).await {
         Ok(answer) => {
             let now = shared.now().wall;
-            accept(&identity, answer?, &shared.trust, now)
-                .map_err(|fault| CaError::Answer { identity, ca: source.authority(), fault })
+            accept(&identity, answer?, &shared.trust, now).map_err(|fault| CaError::Answer {
+                identity,
+                ca: source.authority(),
+                fault,
+            })
         }
         Err(_) => {
             let (ca, seconds) = (source.authority(), REQUEST_LIMIT.as_secs());

@@ -64,7 +64,10 @@ struct Link {
 /// Why one attempt failed.
 enum Attempt {
     /// Another channel may do better.
-    Unreachable { reason: String, number: u64 },
+    Unreachable {
+        reason: String,
+        number: u64,
+    },
     Failed(CaError),
 }
 

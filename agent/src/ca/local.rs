@@ -73,12 +73,7 @@ impl LocalIdentities {
         workload.node == self.node && in_mesh
     }
 
-    fn set(
-        &mut self,
-        uid: &Arc<str>,
-        now: Option<Identity>,
-        before: &mut HashMap<Identity, bool>,
-    ) {
+    fn set(&mut self, uid: &Arc<str>, now: Option<Identity>, before: &mut HashMap<Identity, bool>) {
         if self.by_uid.get(uid) == now.as_ref() {
             return;
         }

@@ -55,8 +55,7 @@ pub(super) fn server(
         .clear_root_hint_subjects()
         .build()
         .map_err(|error| rustls::Error::General(error.to_string()))?;
-    let verifier =
-        ClientVerifier::new(path, roots.clone(), trust_domain.clone(), trust.clone());
+    let verifier = ClientVerifier::new(path, roots.clone(), trust_domain.clone(), trust.clone());
     let mut config = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&TLS13])?
         .with_client_cert_verifier(Arc::new(verifier))

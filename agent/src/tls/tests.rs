@@ -56,8 +56,14 @@ async fn accepting_from(ours: &Authority, client: ClientConfig) -> Result<Identi
 /// A server with any leaf at all, towards a client of ours that expects `expect`.
 async fn connecting(ours: &Authority, leaf: &Leaf, expect: &[Identity]) -> Result<(), TlsError> {
     let provider = Arc::new(config::provider());
-    let server =
-        config::server(&provider, &leaf.certified(), &trusting(ours), &"td1".into(), &Trust::default()).unwrap();
+    let server = config::server(
+        &provider,
+        &leaf.certified(),
+        &trusting(ours),
+        &"td1".into(),
+        &Trust::default(),
+    )
+    .unwrap();
     let client = ours.workload(CLIENT);
     let (near, far) = duplex(16384);
     let peer = tokio::spawn(async move { TlsAcceptor::from(Arc::new(server)).accept(far).await });
@@ -176,8 +182,14 @@ async fn nobody_expected_means_nobody_accepted() {
     let ours = Authority::root("ours");
     let leaf = ours.leaf(Wanted::uris(&[X]));
     let provider = Arc::new(config::provider());
-    let server =
-        config::server(&provider, &leaf.certified(), &trusting(&ours), &"td1".into()).unwrap();
+    let server = config::server(
+        &provider,
+        &leaf.certified(),
+        &trusting(&ours),
+        &"td1".into(),
+        &Trust::default(),
+    )
+    .unwrap();
     let (near, far) = duplex(16384);
     let peer = tokio::spawn(async move { TlsAcceptor::from(Arc::new(server)).accept(far).await });
     let client = ours.workload(CLIENT);
@@ -189,7 +201,11 @@ async fn nobody_expected_means_nobody_accepted() {
     let client = config::client(
         &provider,
         &leaf.certified(),
-        ServerVerifier::new(trusting(&ours), provider.signature_verification_algorithms),
+        ServerVerifier::new(
+            trusting(&ours),
+            provider.signature_verification_algorithms,
+            Trust::default(),
+        ),
     );
     let (near, far) = duplex(16384);
     let server = ours.workload(SERVER);
@@ -431,8 +447,7 @@ async fn alias_of_the_trust_domain_counts_as_ours_and_is_told_as_presented() {
 async fn alias_brings_no_roots_with_it() {
     let (ours, theirs) = (Authority::root("ours"), Authority::root("theirs"));
     let server = ours.workload_trusting(X, &[&ours], &aliased());
-    let client =
-        theirs.workload_trusting("spiffe://old/ns/a/sa/x", &[&ours, &theirs], &aliased());
+    let client = theirs.workload_trusting("spiffe://old/ns/a/sa/x", &[&ours, &theirs], &aliased());
     assert_eq!(fault(handshake(&server, &client, X).await.0), PeerFault::UntrustedRoot);
 }
 
@@ -472,10 +487,9 @@ async fn roots_rotate_under_live_connections() {
     assert_eq!(refused, PeerFault::UntrustedRoot);
     handshake(&server_after, &client_after, SERVER).await.0.unwrap();
 
-    for (near, far) in [
-        (&mut accepted, &mut connected),
-        (&mut accepted_between, &mut connected_between),
-    ] {
+    for (near, far) in
+        [(&mut accepted, &mut connected), (&mut accepted_between, &mut connected_between)]
+    {
         far.write_all(b"still").await.unwrap();
         far.flush().await.unwrap();
         let mut said = [0; 5];

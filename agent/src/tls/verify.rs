@@ -21,9 +21,9 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer;
 
-use super::{Trust, config};
 use super::error::{PeerFault, TlsError};
 use super::revocation::Role;
+use super::{Trust, config};
 
 /// Verifies clients: one of their identities must be of our trust domain, by its name or an alias.
 #[derive(Debug)]

@@ -314,6 +314,7 @@ async fn old_certificate_serves_through_failures_until_it_ends_and_not_longer() 
         _ => Answer::Fail,
     });
     let cache = fake.cache();
+    cache.prefetch(&id("x"));
     let first = cache.fetch(&id("x")).await.unwrap();
     sleep(HOUR - Duration::from_secs(1)).await;
     assert!(fake.asked().len() > 5);
@@ -331,6 +332,7 @@ async fn retry_is_not_later_than_the_end_of_the_old_certificate() {
         _ => Answer::Fail,
     });
     let cache = fake.cache();
+    cache.prefetch(&id("x"));
     cache.fetch(&id("x")).await.unwrap();
     // Renewal at about 100 s; then delays of 1, 2, .. 64 s would skip the end at 200 s.
     sleep(Duration::from_millis(200_500)).await;
@@ -349,7 +351,10 @@ async fn answer_for_another_identity_is_rejected_and_retried() {
     let cache = fake.cache();
     let error = cache.fetch(&id("x")).await.unwrap_err();
     let fault = fault(&error);
-    assert!(matches!(fault, AnswerFault::WrongIdentity(issued) if *issued == id("other")), "{fault}");
+    assert!(
+        matches!(fault, AnswerFault::WrongIdentity(issued) if *issued == id("other")),
+        "{fault}"
+    );
     sleep(Duration::from_secs(2)).await;
     assert_eq!(cache.fetch(&id("x")).await.unwrap().identity(), &id("x"));
     assert_gaps(&fake.times(&id("x")), &[1]);
@@ -423,7 +428,8 @@ async fn expired_certificate_is_never_handed_out_though_the_timers_slept() {
         Arc::new(move || BEGAN + began.elapsed() + *asleep.lock())
     };
     // The fake's certificates begin by its own clock, which did not sleep; theirs is an hour.
-    let cache = Certificates::start(fake.clone(), Trust::default(), clock, StdRng::seed_from_u64(7));
+    let cache =
+        Certificates::start(fake.clone(), Trust::default(), clock, StdRng::seed_from_u64(7));
     cache.fetch(&id("x")).await.unwrap();
     *asleep.lock() = 2 * HOUR;
     let state = cache.states().remove(0);
@@ -480,8 +486,9 @@ async fn answer_that_peers_would_refuse_is_refused_here() {
         ("elsewhere", "the certificate is for spiffe://td2/ns/a/sa/elsewhere"),
     ] {
         let error = cache.fetch(&id(name)).await.unwrap_err().to_string();
-        let begin =
-            format!("certificate authority fake answered wrongly for spiffe://td1/ns/a/sa/{name}: ");
+        let begin = format!(
+            "certificate authority fake answered wrongly for spiffe://td1/ns/a/sa/{name}: "
+        );
         assert!(error.starts_with(&begin) && error.contains(text), "{error}");
     }
 }

@@ -70,8 +70,12 @@ fn only_mesh_workloads_of_this_node_count() {
     let plain = Workload { tunnel_protocol: TunnelProtocol::None, ..workload("p", "plain", "n1") };
     let native = Workload { native_tunnel: true, uid: "n".into(), ..plain.clone() };
     let native = Workload { service_account: "native".into(), ..native };
-    let changes =
-        [Change::Workload(plain), Change::Workload(native), add("o", "other", "n2"), add("e", "e", "")];
+    let changes = [
+        Change::Workload(plain),
+        Change::Workload(native),
+        add("o", "other", "n2"),
+        add("e", "e", ""),
+    ];
     assert_eq!(local.follow(&changes), due(&["native"], &[]));
 }
 

@@ -261,8 +261,7 @@ async fn a_handler_that_never_answers_frees_its_place_when_the_caller_gives_up()
         let _ = serve(far, &settings, handler, std::future::pending()).await;
     });
     let (key, headers) = (key(1), headers(ECHO));
-    let dial =
-        || std::future::ready(near.lock().take().map(Dialled::from).ok_or("dialled twice"));
+    let dial = || std::future::ready(near.lock().take().map(Dialled::from).ok_or("dialled twice"));
     let connecting = pool.connect(&key, &headers, dial);
     assert!(tokio::time::timeout(Duration::from_millis(50), connecting).await.is_err());
     tokio::time::timeout(LIMIT, saw.recv()).await.unwrap().unwrap();

@@ -69,8 +69,7 @@ impl Peers {
 
     /// What each of the two says to the other under the same lists.
     async fn meet(&self, lists: RevocationList) -> (Option<PeerFault>, Option<PeerFault>) {
-        let (checked, unchecked) =
-            (Revocations::starting_with(lists), Revocations::default());
+        let (checked, unchecked) = (Revocations::starting_with(lists), Revocations::default());
         let fault = |error| match error {
             TlsError::Peer(fault) => fault,
             other => panic!("expected a fault of the peer's certificate, got {other:?}"),
@@ -106,12 +105,7 @@ async fn revoked_certificates_of_the_chain_are_refused_in_both_roles() {
             revoked.clone(),
         ),
         ("the root's list with leaves' serials", vec![of(root, both)], None, None),
-        (
-            "C15: the intermediate",
-            vec![of(root, &[&middle.der])],
-            revoked.clone(),
-            revoked.clone(),
-        ),
+        ("C15: the intermediate", vec![of(root, &[&middle.der])], revoked.clone(), revoked.clone()),
         ("nobody is listed", vec![of(root, &[]), of(middle, &[])], None, None),
         ("C16: no list", vec![], None, None),
     ] {
