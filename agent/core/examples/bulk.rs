@@ -9,9 +9,7 @@ use culvert_core::addr::{NamespacedHostname, NetworkAddress};
 use culvert_core::balance::{self, Mode};
 use culvert_core::service::{IpFamilies, Service, Visibility};
 use culvert_core::snapshot::{Change, Snapshot};
-use culvert_core::workload::{
-    Health, Locality, NetworkMode, PortMap, TunnelProtocol, Workload,
-};
+use culvert_core::workload::{Health, Locality, NetworkMode, PortMap, TunnelProtocol, Workload};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
@@ -22,7 +20,8 @@ fn main() {
     let made = Instant::now();
     let mut changes = Vec::with_capacity(count + services);
     changes.extend((0..services).map(|number| Change::Service(service(&mut texts, number))));
-    changes.extend((0..count).map(|number| Change::Workload(workload(&mut texts, number, services))));
+    changes
+        .extend((0..count).map(|number| Change::Workload(workload(&mut texts, number, services))));
     tell("values made", made.elapsed());
     let one = std::mem::size_of::<Workload>();
     println!("{count} workloads of {one} bytes, {services} services: {:.1} MB", resident());

@@ -79,8 +79,8 @@ fn draw_among_many<'a>(
     (0..DRAWS).find_map(|_| {
         let workload = roster.workloads.get(random.random_range(0..roster.workloads.len()))?;
         let endpoint = declared_endpoint(service, &key, workload)?;
-        let weighs_enough = workload.capacity > 0
-            && random.random_range(0..roster.heaviest) < workload.capacity;
+        let weighs_enough =
+            workload.capacity > 0 && random.random_range(0..roster.heaviest) < workload.capacity;
         (weighs_enough && is_usable(source, service, &endpoint, port, mode)).then_some(endpoint)
     })
 }

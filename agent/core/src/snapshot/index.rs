@@ -52,8 +52,8 @@ impl WorkloadIndex {
             distinct(addresses(workload)).map(move |ip| index.hash(&(network, *ip)))
         });
         self.by_address.apply(steps);
-        let steps = net
-            .steps(|workload| [self.by_pod_name.hash(&(&*workload.namespace, &*workload.name))]);
+        let steps =
+            net.steps(|workload| [self.by_pod_name.hash(&(&*workload.namespace, &*workload.name))]);
         self.by_pod_name.apply(steps);
         let steps = net.steps(|workload| {
             let name = (&*workload.namespace, &*workload.hostname);
@@ -63,11 +63,7 @@ impl WorkloadIndex {
         self.apply_members(net, by_uid);
     }
 
-    pub fn at<'a>(
-        &'a self,
-        network: &str,
-        ip: IpAddr,
-    ) -> impl Iterator<Item = &'a Arc<Workload>> {
+    pub fn at<'a>(&'a self, network: &str, ip: IpAddr) -> impl Iterator<Item = &'a Arc<Workload>> {
         let hash = self.by_address.hash(&(network, ip));
         self.by_address.matching(hash, move |workload| {
             *workload.network == *network && workload.addresses.contains(&ip)
@@ -120,9 +116,11 @@ impl WorkloadIndex {
     fn apply_members(&mut self, net: &Net<Workload>, by_uid: &Trie<Workload>) {
         let mut joins: Vec<(u64, &NamespacedHostname, Step<'_, Workload>)> = Vec::new();
         for Step { hash, value, kind } in net.all() {
-            joins.extend(value.services.keys().map(|service| {
-                (self.members.hash(service), service, Step { hash, value, kind })
-            }));
+            joins.extend(
+                value.services.keys().map(|service| {
+                    (self.members.hash(service), service, Step { hash, value, kind })
+                }),
+            );
         }
         // Stable: what goes is before what comes.
         joins.sort_by_key(|(hash, ..)| *hash);
@@ -232,9 +230,8 @@ impl ServiceIndex {
         lengths.map(|((_, length), _)| *length).flat_map(move |length| {
             // Every length here came from a range of this family.
             let cidr = IpNet::new(ip, length).map_or(IpNet::from(ip), |around| around.trunc());
-            let is_it = move |range: &NetworkCidr| {
-                range.cidr.trunc() == cidr && *range.network == *network
-            };
+            let is_it =
+                move |range: &NetworkCidr| range.cidr.trunc() == cidr && *range.network == *network;
             let hash = self.by_cidr.hash(&(network, cidr));
             let found =
                 self.by_cidr.matching(hash, move |service| service.cidr_vips.iter().any(is_it));

@@ -177,7 +177,8 @@ fn build<T>(entries: &[(u64, &Arc<T>)], shift: u32) -> Node<T> {
             })))
         }
         few => {
-            let entry = |(hash, value): &(u64, &Arc<T>)| Entry { hash: *hash, value: Arc::clone(value) };
+            let entry =
+                |(hash, value): &(u64, &Arc<T>)| Entry { hash: *hash, value: Arc::clone(value) };
             Node::Leaf(few.iter().map(entry).collect())
         }
     }

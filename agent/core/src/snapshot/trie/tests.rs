@@ -20,7 +20,8 @@ fn same(batches: Vec<Vec<(u16, Option<u32>)>>, hash_of: fn(&Trie<Item>, u16) -> 
                 None => model.retain(|item| item.0 != key),
             }
         }
-        let is_in = |list: &[Arc<Item>], one: &Arc<Item>| list.iter().any(|it| Arc::ptr_eq(it, one));
+        let is_in =
+            |list: &[Arc<Item>], one: &Arc<Item>| list.iter().any(|it| Arc::ptr_eq(it, one));
         let steps = before
             .iter()
             .filter(|item| !is_in(&model, item))
