@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use culvert_core::identity::Identity;
+use culvert_core::admit::HeaderTo;
 use culvert_core::snapshot::Snapshot;
 use culvert_core::workload::Workload;
 use rand::SeedableRng;
@@ -155,11 +156,16 @@ fn make_node(config: &Config, settings: &MeshSettings, first: &MeshFile) -> anyh
         certificates,
         telemetry: Telemetry::new(version, Some(&Handle::current())),
         connections: Connections::default(),
+        fetch: None,
         tunnels: tunnel_settings(config),
         keepalive: config.keepalive,
         options: Options {
             response_baggage: config.response_baggage,
             log_policy_at_info: config.log_policy_decisions,
+            header_to: match config.localhost_app_tunnel {
+                true => HeaderTo::Loopback,
+                false => HeaderTo::Address,
+            },
         },
     })
 }

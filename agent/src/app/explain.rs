@@ -252,6 +252,7 @@ impl Story {
             identity: &identity,
             authority,
             forwarded_host: None,
+            header_to: node.options.header_to,
         };
         match decide(node, |view| admit::admit(view, &inbound)).await {
             Err(refusal) => self.refused("admit", &refusal.to_string(), "destination agent"),

@@ -113,6 +113,7 @@ impl Tunnel {
             identity: &self.identity,
             authority: &authority,
             forwarded_host: headers.forwarded_host.as_deref(),
+            header_to: self.node.options.header_to,
         };
         match decide(&self.node, |view| admit::admit(view, &inbound)).await {
             Ok(admission) => {
