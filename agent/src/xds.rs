@@ -15,15 +15,18 @@ mod session;
 mod status;
 mod wire;
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use culvert_core::snapshot::Change;
+use culvert_core::view::{Fetched, ResourceKey};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::config::{AgentPod, Kept, XdsSettings};
 use crate::control::Control;
+use crate::node::Fetch;
 use crate::telemetry::{Telemetry, XdsReading};
 use client::Client;
 use intake::Intake;
@@ -163,6 +166,11 @@ impl Xds {
         self.needs.are_asked()
     }
 
+    /// Who brings single things to decisions; `None` when all addresses come by themselves.
+    pub fn fetch(&self) -> Option<Arc<dyn Fetch>> {
+        self.needs.are_asked().then(|| Arc::new(OnDemand(self.needs.clone())) as Arc<dyn Fetch>)
+    }
+
     /// Asks the control plane for `<network>/<ip>`, `<namespace>/<hostname>` or a workload's uid,
     /// and waits until what it answered is published, at most 5 seconds from when the key was first
     /// asked for. Whether it answered, be it that there is nothing; true at once unless addresses
@@ -170,6 +178,19 @@ impl Xds {
     pub fn need(&self, key: &str) -> impl Future<Output = bool> + Send + use<> {
         let (needs, key) = (self.needs.clone(), Arc::<str>::from(key));
         async move { needs.need(&key).await }
+    }
+}
+
+struct OnDemand(Arc<Needs>);
+
+impl Fetch for OnDemand {
+    fn fetch(&self, key: ResourceKey) -> Pin<Box<dyn Future<Output = Fetched> + Send + '_>> {
+        Box::pin(async move {
+            match self.0.need(&key.to_string()).await {
+                true => Fetched::Answered,
+                false => Fetched::Unanswered,
+            }
+        })
     }
 }
 

@@ -29,6 +29,8 @@ const METHOD: &str =
 /// How long a control plane may take until it sends anything. It accepts streams late when many
 /// come at once, and always answers the first requests.
 const FIRST_RESPONSE: Duration = Duration::from_secs(60);
+/// The same when another address can be tried.
+const FIRST_OF_SEVERAL: Duration = Duration::from_secs(10);
 /// Requests that wait for the control plane to read them.
 const OUTGOING: usize = 1024;
 /// A response with more bytes is dealt with on a thread of its own.
@@ -125,12 +127,8 @@ impl<P: Publish> Client<P> {
         };
         let address = channel.address().clone();
         let (requests, outgoing) = mpsc::channel(OUTGOING);
-        for request in self.intake.lock().session.open() {
-            // There is room for these.
-            let _ = requests.try_send(request);
-        }
-        self.needs.reopened();
-        let deadline = Instant::now() + FIRST_RESPONSE;
+        self.begin(&requests);
+        let deadline = Instant::now() + self.patience();
         let stream = match timeout_at(deadline, open(channel, outgoing)).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(status)) => {
@@ -153,6 +151,22 @@ impl<P: Publish> Client<P> {
         // not be asked as often as possible.
         self.avoid = Some(address);
         Ended { end: End::Failed, ..ended }
+    }
+
+    fn begin(&self, requests: &mpsc::Sender<Request>) {
+        let intake = self.intake.lock();
+        for request in intake.session.open() {
+            // There is room for these.
+            let _ = requests.try_send(request);
+        }
+        self.needs.reopened(|name| intake.session.names(Kind::Address).contains(name));
+    }
+
+    fn patience(&self) -> Duration {
+        match self.control.addresses() {
+            0 | 1 => FIRST_RESPONSE,
+            _ => FIRST_OF_SEVERAL,
+        }
     }
 
     /// Also gives whether the stream brought anything.
@@ -280,7 +294,7 @@ fn told(address: &str, status: &Status) -> String {
 }
 
 fn silent(address: &str) -> String {
-    format!("{address}: it sent nothing within {FIRST_RESPONSE:?}")
+    format!("{address}: it accepted the stream and sent nothing")
 }
 
 #[cfg(test)]

@@ -96,14 +96,12 @@ impl Needs {
         }
     }
 
-    /// A new stream knows of no subscription but those of the names that are held.
-    pub fn reopened(&self) {
+    /// A new stream knows of no subscription but those of the names that are held, which it was
+    /// opened with.
+    pub fn reopened(&self, is_held: impl Fn(&str) -> bool) {
         let mut keys = self.keys.lock();
-        let unheld = keys.by_key.iter().filter(|(_, key)| match key {
-            Key::Waiting { .. } | Key::Answered(Found::Nothing) => true,
-            Key::Answered(Found::Known) => false,
-        });
-        keys.wanted = unheld.map(|(key, _)| key.clone()).collect();
+        let unheld = keys.by_key.keys().filter(|key| !is_held(key));
+        keys.wanted = unheld.cloned().collect();
         keys.given_up.clear();
         if !keys.wanted.is_empty() {
             self.fresh.notify_one();

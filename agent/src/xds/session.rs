@@ -99,6 +99,10 @@ impl Names {
         self.held.get_key_value(name).map(|(name, _)| name.clone())
     }
 
+    pub fn contains(&self, name: &str) -> bool {
+        self.held.contains_key(name)
+    }
+
     pub fn accept(&mut self, name: Arc<str>, version: Version, item: Item) {
         let first = || Held { version: version.clone(), workload: false, service: false };
         let held = self.held.entry(name).or_insert_with(first);

@@ -47,15 +47,19 @@ async fn the_wait_is_bounded_from_the_first_asking() {
 #[tokio::test(start_paused = true)]
 async fn a_new_stream_asks_again_for_what_it_has_no_resource_of() {
     let needs = Needs::new(true);
-    for key in ["known", "nothing", "waiting"] {
+    for key in ["held", "alias", "nothing", "waiting"] {
         assert!(needs.need(key).now_or_never().is_none());
     }
     needs.wanted().await;
-    needs.answered(&[("known".to_owned(), Found::Known), ("nothing".to_owned(), Found::Nothing)]);
-    needs.reopened();
+    needs.answered(&[
+        ("held".to_owned(), Found::Known),
+        ("alias".to_owned(), Found::Known),
+        ("nothing".to_owned(), Found::Nothing),
+    ]);
+    needs.reopened(|name| name == "held");
     let (mut wanted, _) = needs.wanted().await;
     wanted.sort();
-    assert_eq!(wanted, ["nothing".into(), Arc::<str>::from("waiting")]);
+    assert_eq!(wanted, ["alias", "nothing", "waiting"].map(Arc::<str>::from));
 }
 
 #[tokio::test]
