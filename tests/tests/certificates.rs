@@ -132,24 +132,27 @@ async fn intermediates_are_presented_to_peers_and_both_roots_of_a_rotation_trust
     let old = fetch(&cache, "old").await.unwrap();
     assert_eq!((old.chain().len(), old.roots().len()), (3, 1));
     // C3: leaf, rootA + rootB.
-    scene.ca.begin_rotation(0);
+    scene.ca.announce_root(0);
+    let both = fetch(&cache, "both").await.unwrap();
+    assert_eq!((both.chain().len(), both.roots().len()), (3, 2));
+    scene.ca.switch_root();
     let between = fetch(&cache, "between").await.unwrap();
     assert_eq!((between.chain().len(), between.roots().len()), (1, 2));
-    let (principal, shown) = handshake(&old, &fetch(&scene.cache(), "old").await.unwrap()).await;
-    // An agent that knows only the old root refuses what the new one signed.
-    assert!(matches!(principal.unwrap_err(), TlsError::Peer(PeerFault::UntrustedRoot)));
-    drop(shown);
-    let (principal, _) = handshake(&between, &old).await;
-    assert_eq!(principal.unwrap(), id("old"));
-    let another = fetch(&cache, "another").await.unwrap();
-    let (principal, shown) = handshake(&between, &another).await;
-    assert_eq!((principal.unwrap(), shown.unwrap()), (id("another"), 1));
+    let untrusted =
+        |outcome: &TlsError| matches!(outcome, TlsError::Peer(PeerFault::UntrustedRoot));
+    for (server, client) in [(&between, &both), (&both, &between), (&both, &old)] {
+        let (principal, shown) = handshake(server, client).await;
+        assert_eq!(&principal.unwrap(), client.identity());
+        assert_eq!(shown.unwrap(), server.chain().len());
+    }
+    // Who knows only the old root refuses what the new one signed, in both roles.
+    assert!(handshake(&old, &between).await.0.is_err_and(|error| untrusted(&error)));
+    assert!(handshake(&between, &old).await.1.is_err_and(|error| untrusted(&error)));
     // The old root goes: who was signed by it is refused by the next handshake.
-    scene.ca.end_rotation();
+    scene.ca.drop_other_roots();
     let new = fetch(&cache, "new").await.unwrap();
-    assert_eq!(new.roots().len(), 1);
-    let (principal, _) = handshake(&new, &old).await;
-    assert!(matches!(principal.unwrap_err(), TlsError::Peer(PeerFault::UntrustedRoot)));
+    assert_eq!((new.chain().len(), new.roots().len()), (1, 1));
+    assert!(handshake(&new, &both).await.0.is_err_and(|error| untrusted(&error)));
     assert_eq!(handshake(&new, &between).await.0.unwrap(), id("between"));
 }
 

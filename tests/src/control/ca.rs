@@ -77,6 +77,7 @@ struct Shared {
     script: VecDeque<Behaviour>,
     otherwise: Behaviour,
     signer: Arc<Signer>,
+    announced: Option<Arc<Signer>>,
     /// PEM; the last element of an answer.
     roots: String,
     asked: Vec<Asked>,
@@ -140,6 +141,7 @@ impl TestCa {
             otherwise: Behaviour::Sign,
             roots: signer.root().to_owned(),
             signer: Arc::new(signer),
+            announced: None,
             asked: Vec::new(),
             running: 0,
             most_running: 0,
@@ -179,17 +181,25 @@ impl TestCa {
         self.gate.add_permits(1 << 20);
     }
 
-    /// Makes a new root and signs with it from now on; answers carry the old roots besides it.
-    pub fn begin_rotation(&self, intermediates: usize) {
+    /// Makes a new root, which answers carry besides the old ones.
+    pub fn announce_root(&self, intermediates: usize) {
         let signer = Signer::new("new root", intermediates);
         let mut shared = self.lock();
         let old = shared.roots.clone();
         shared.roots = format!("{old}{}", signer.root());
-        shared.signer = Arc::new(signer);
+        shared.announced = Some(Arc::new(signer));
+    }
+
+    /// Signs below the announced root from now on.
+    pub fn switch_root(&self) {
+        let mut shared = self.lock();
+        if let Some(announced) = shared.announced.take() {
+            shared.signer = announced;
+        }
     }
 
     /// Answers carry only the root that signs from now on.
-    pub fn end_rotation(&self) {
+    pub fn drop_other_roots(&self) {
         let mut shared = self.lock();
         shared.roots = shared.signer.root().to_owned();
     }
