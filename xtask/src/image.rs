@@ -68,9 +68,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         spread(&image.entries, folder)?;
     }
     let made = archive(&image)?;
-    let output = arguments.output.clone().unwrap_or_else(|| {
-        shell::target().join(format!("culvert-{}.tar", arguments.arch))
-    });
+    let output = arguments
+        .output
+        .clone()
+        .unwrap_or_else(|| shell::target().join(format!("culvert-{}.tar", arguments.arch)));
     fs::write(&output, &made.bytes).with_context(|| format!("writing {}", output.display()))?;
     if arguments.json {
         let told = json!({

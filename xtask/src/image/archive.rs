@@ -148,8 +148,7 @@ fn outer(files: &BTreeMap<String, Vec<u8>>, modified: u64) -> Result<Vec<u8>> {
         archive.append_data(header, folder, &[][..])?;
     }
     for (path, bytes) in files {
-        let header =
-            &mut layer::header(EntryType::Regular, 0o644, bytes.len() as u64, modified);
+        let header = &mut layer::header(EntryType::Regular, 0o644, bytes.len() as u64, modified);
         archive.append_data(header, path, &bytes[..])?;
     }
     Ok(archive.into_inner()?)

@@ -91,7 +91,9 @@ fn a_reference_is_completed_as_containerd_does() {
 
 #[test]
 fn a_reference_without_a_tag_or_with_odd_letters_is_refused() {
-    for odd in ["culvert", ":1", "culvert:", "localhost:5000/culvert", "Culvert:1", "a//b:1", "a:b c"] {
+    for odd in
+        ["culvert", ":1", "culvert:", "localhost:5000/culvert", "Culvert:1", "a//b:1", "a:b c"]
+    {
         assert!(full_reference(odd).is_err(), "{odd}");
     }
 }
