@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use culvert_core::admit::HeaderTo;
-use culvert_core::identity::Identity;
 use culvert_core::snapshot::Snapshot;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};

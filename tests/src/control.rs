@@ -35,8 +35,8 @@ use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
-pub use serving::{ServerAuthority, Serving};
 pub use ads::{Behaviour, Recorded};
+pub use serving::{ServerAuthority, Serving};
 pub use world::World;
 
 /// Where to listen.
