@@ -15,6 +15,7 @@ pub mod authorization;
 pub mod snapshot;
 pub mod view;
 
+pub mod names;
 pub mod resolve;
 
 pub mod balance;

@@ -188,6 +188,11 @@ impl Snapshot {
         best(self.by_hostname.get(hostname), client_namespace)
     }
 
+    /// The services with a hostname, one of each namespace that has it.
+    pub fn services_named(&self, hostname: &str) -> &[Arc<Service>] {
+        self.by_hostname.get(hostname)
+    }
+
     /// The endpoints that may take traffic: those that workloads declare as far as the service's
     /// health policy lets them, and the service's own.
     pub fn endpoints<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = Endpoint<'a>> {
