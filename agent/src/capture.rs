@@ -146,7 +146,8 @@ impl Capture {
             // Nothing is known of these pods but that they are to be captured. They have no address
             // and no listener, so they are refused everything until they are enrolled again.
             for cookie in &adopted {
-                maps.change(|tables| tables.enrol(*cookie, &PodSpec::default()))?;
+                let spec = PodSpec { capture_dns: true, ..PodSpec::default() };
+                maps.change(|tables| tables.enrol(*cookie, &spec))?;
             }
         }
         let cgroup = File::open(&options.cgroup).map_err(|error| CaptureError::Path {

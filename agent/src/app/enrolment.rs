@@ -207,6 +207,7 @@ impl Enrolment {
             exclude_outbound_ports: settings.exclude_outbound_ports.clone(),
             exclude_outbound_cidrs: settings.exclude_outbound_cidrs.clone(),
             exclude_inbound_ports: settings.exclude_inbound_ports.clone(),
+            capture_dns: false,
         };
         if let Some(enrolled) = self.enrolled.get_mut(uid) {
             if enrolled.spec != spec {
