@@ -17,7 +17,7 @@ const ROOMS: [(&[&str], &[&str]); 6] = [
     (&["h2", "hyper", "hyper_util"], &["hbone", "admin", "cli"]),
     (&["clap", "comfy_table"], &["cli"]),
     (&["prost", "prost_types", "tonic", "tonic_prost", "culvert_proto"], &["xds", "ca"]),
-    (&["serde_yaml_ng"], &["file"]),
+    (&["serde_yaml_ng"], &["file", "config"]),
 ];
 
 /// The two ways of a connection, which never know of each other.
