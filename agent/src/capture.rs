@@ -35,7 +35,7 @@ pub use culvert_core::tables::{NetnsCookie, PodSpec};
 pub use detach::{DetachReport, detach};
 pub use logs::{KERNEL_LOG, KernelLogs};
 pub use maps::MapCounts;
-pub use netns::{Listeners, Netns, NetnsError};
+pub use netns::{DnsSockets, Listeners, Netns, NetnsError};
 pub use sys::raise_open_files;
 
 use links::Programs;

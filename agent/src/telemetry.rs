@@ -4,6 +4,7 @@
 
 mod access;
 mod context;
+mod dns;
 mod encode;
 mod labels;
 pub mod logging;
@@ -30,6 +31,7 @@ use tokio::runtime::Handle;
 pub use context::{
     Baggage, ConnectionContext, Denial, DenialReason, Failure, Reporter, ResponseFlag,
 };
+pub use dns::{DnsMetrics, DnsSource};
 pub use open::OpenConnection;
 pub use readings::{CertificateReading, KernelReading, SourceReading, TunnelReading};
 pub use series::ByteCounters;
@@ -57,6 +59,7 @@ struct Inner {
     denied: Arc<BoundedCounters<DenialLabels>>,
     dry_run: Arc<BoundedCounters<DryRunEvaluation>>,
     on_demand_dns: Arc<BoundedCounters<OnDemandDnsLabels>>,
+    dns: DnsMetrics,
     rejudged: Counter,
     pods: PodMetrics,
 }
@@ -113,6 +116,7 @@ impl Telemetry {
                     OnDemandDnsLabels::overflow(),
                 ),
             ),
+            dns: DnsMetrics::new(&mut registry),
             rejudged: Counter::default(),
             pods: PodMetrics::default(),
             registry: Mutex::default(),
@@ -152,12 +156,17 @@ impl Telemetry {
 
     /// Counts a destination that had to be looked up by DNS for `source`.
     pub fn on_demand_dns(&self, source: &Workload, hostname: &Arc<str>) {
-        self.0.on_demand_dns.increase(OnDemandDnsLabels::of(source, hostname));
+        self.0.on_demand_dns.increase(&OnDemandDnsLabels::of(source, hostname));
+    }
+
+    /// Counts questions that pods ask DNS servers.
+    pub fn dns(&self) -> &DnsMetrics {
+        &self.0.dns
     }
 
     /// Counts the evaluation of a policy that is in dry run.
     pub fn dry_run(&self, evaluation: DryRunEvaluation) {
-        self.0.dry_run.increase(evaluation);
+        self.0.dry_run.increase(&evaluation);
     }
 
     pub fn pods(&self) -> &PodMetrics {
@@ -208,7 +217,7 @@ impl Telemetry {
         if denial.reason == DenialReason::PolicyChange {
             self.0.rejudged.inc();
         }
-        self.0.denied.increase(DenialLabels(denial.clone()));
+        self.0.denied.increase(&DenialLabels(denial.clone()));
     }
 }
 
