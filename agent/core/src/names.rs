@@ -172,17 +172,14 @@ fn choose<'a>(
     client: &Client<'_>,
     hostname: &str,
 ) -> Option<&'a Arc<Service>> {
-    let services = directory.snapshot.services_named(hostname);
-    let candidates = || {
-        services.iter().filter(|service| {
-            service.is_visible_to(client.namespace) && has_answer(directory, service)
-        })
-    };
-    let of = |namespace: &str| candidates().find(|service| *service.namespace == *namespace);
+    let candidates = directory.snapshot.services_named(hostname).filter(|service| {
+        service.is_visible_to(client.namespace) && has_answer(directory, service)
+    });
+    let of = |namespace: &str| candidates.clone().rfind(|service| *service.namespace == *namespace);
     of(client.namespace)
-        .or_else(|| candidates().find(|service| service.canonical))
+        .or_else(|| candidates.clone().rfind(|service| service.canonical))
         .or_else(|| directory.preferred_namespace.and_then(of))
-        .or_else(|| candidates().next())
+        .or_else(|| candidates.clone().next())
 }
 
 /// Services without an address of their own are answered from their endpoints, if they are ones of

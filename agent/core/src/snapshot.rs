@@ -211,8 +211,11 @@ impl Snapshot {
     }
 
     /// The services with a hostname, one of each namespace that has it.
-    pub fn services_named(&self, hostname: &str) -> &[Arc<Service>] {
-        self.by_hostname.get(hostname)
+    pub fn services_named<'a>(
+        &'a self,
+        hostname: &str,
+    ) -> impl DoubleEndedIterator<Item = &'a Arc<Service>> + Clone {
+        self.service_index.named(hostname)
     }
 
     /// The endpoints that may take traffic: those that workloads declare as far as the service's
