@@ -70,7 +70,11 @@ fn from_inside(ctx: &SkLookupContext, netns: u64, port: u32) -> u32 {
 #[inline(always)]
 fn from_outside(ctx: &SkLookupContext, netns: u64, ends: &Ends) -> u32 {
     let port = ends.local_port;
+    let beside_cni = has_flag(netns, Pod::BESIDE_CNI);
     if port == OUTBOUND_PORT as u32 || port == PLAINTEXT_PORT as u32 {
+        if beside_cni {
+            return translated(ctx, netns, port);
+        }
         count(|counts| &mut counts.inbound_refused);
         return SK_DROP;
     }
@@ -80,6 +84,11 @@ fn from_outside(ctx: &SkLookupContext, netns: u64, ends: &Ends) -> u32 {
             count(|counts| &mut counts.inbound_hbone);
         }
         return assigned;
+    }
+    if beside_cni && ends.remote.is_node_probe() {
+        debug!(ctx, "netns {}: port {} from the node itself", netns, port);
+        count(|counts| &mut counts.inbound_node);
+        return SK_PASS;
     }
     if is_excluded(netns, port) {
         count(|counts| &mut counts.inbound_excluded);
@@ -103,6 +112,20 @@ fn from_outside(ctx: &SkLookupContext, netns: u64, ends: &Ends) -> u32 {
     assigned
 }
 
+/// istio-cni's rules have translated the destination into a port of the agent. Who named that port
+/// by himself gets as far, and is refused by the agent: only connection tracking knows the difference.
+#[inline(always)]
+fn translated(ctx: &SkLookupContext, netns: u64, port: u32) -> u32 {
+    if port == OUTBOUND_PORT as u32 {
+        return lead(ctx, netns, port, Listener::Outbound);
+    }
+    let assigned = lead(ctx, netns, port, Listener::Plaintext);
+    if assigned == SK_PASS {
+        count(|counts| &mut counts.inbound_plaintext);
+    }
+    assigned
+}
+
 #[inline(always)]
 fn lead(ctx: &SkLookupContext, netns: u64, port: u32, listener: Listener) -> u32 {
     let assigned = assign(ctx, netns, listener);
@@ -114,10 +137,16 @@ fn lead(ctx: &SkLookupContext, netns: u64, port: u32, listener: Listener) -> u32
 }
 
 #[inline(always)]
-fn is_excluded(netns: u64, port: u32) -> bool {
+fn has_flag(netns: u64, flag: u32) -> bool {
     let Some(pod) = PODS.get_ptr(netns) else { return false };
-    // SAFETY: the flags are read at once; a stale value costs a look-up.
-    if unsafe { (*pod).flags } & Pod::HAS_EXCLUDED_INBOUND_PORTS == 0 {
+    // SAFETY: the flags are read at once; those of another pod, if this one is withdrawn right now,
+    // say nothing of a pod that is not enrolled any more.
+    unsafe { (*pod).flags & flag != 0 }
+}
+
+#[inline(always)]
+fn is_excluded(netns: u64, port: u32) -> bool {
+    if !has_flag(netns, Pod::HAS_EXCLUDED_INBOUND_PORTS) {
         return false;
     }
     EXCLUDED_PORTS.get_ptr(ExcludedPort::new(netns, port as u16, ExcludedPort::INBOUND)).is_some()

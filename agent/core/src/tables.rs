@@ -33,6 +33,9 @@ pub struct PodSpec {
     pub exclude_outbound_cidrs: Vec<IpNet>,
     /// Connections to these ports reach the pod as if it were not enrolled.
     pub exclude_inbound_ports: Vec<u16>,
+    /// istio-cni has put its rules into the pod: what they lead to the agent's ports is captured, and
+    /// what comes from their address for the node's own connections is not.
+    pub beside_cni: bool,
 }
 
 /// Which way an excluded port counts.
@@ -54,6 +57,8 @@ pub struct PodEntry {
     pub excludes_cidrs: bool,
     /// Its new connections go their plain way already.
     pub leaving: bool,
+    /// istio-cni's rules are in the pod too.
+    pub beside_cni: bool,
 }
 
 /// The contents of the kernel's tables.
@@ -99,6 +104,7 @@ impl Tables {
             excludes_inbound_ports: !spec.exclude_inbound_ports.is_empty(),
             excludes_cidrs: !spec.exclude_outbound_cidrs.is_empty(),
             leaving: false,
+            beside_cni: spec.beside_cni,
         };
         self.pods.insert(cookie, entry);
         self.addresses.extend(addresses.into_iter().map(|ip| (ip, cookie)));

@@ -273,7 +273,8 @@ fn pod_value(pod: PodEntry) -> Pod {
         flags: flag(pod.excludes_outbound_ports, Pod::HAS_EXCLUDED_OUTBOUND_PORTS)
             | flag(pod.excludes_inbound_ports, Pod::HAS_EXCLUDED_INBOUND_PORTS)
             | flag(pod.excludes_cidrs, Pod::HAS_EXCLUDED_NETS)
-            | flag(pod.leaving, Pod::LEAVING),
+            | flag(pod.leaving, Pod::LEAVING)
+            | flag(pod.beside_cni, Pod::BESIDE_CNI),
     }
 }
 
@@ -292,6 +293,7 @@ fn pod_entry(pod: Pod) -> PodEntry {
         excludes_inbound_ports: pod.flags & Pod::HAS_EXCLUDED_INBOUND_PORTS != 0,
         excludes_cidrs: pod.flags & Pod::HAS_EXCLUDED_NETS != 0,
         leaving: pod.flags & Pod::LEAVING != 0,
+        beside_cni: pod.flags & Pod::BESIDE_CNI != 0,
     }
 }
 
