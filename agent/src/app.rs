@@ -52,7 +52,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
     let readiness = Readiness::default();
     let (loading, starting) = (readiness.open(STATE_MANAGER), readiness.open(PROXY));
-    let (first, source) = FileSource::open(&config.file).await?;
+    let (first, source) = match &config.file {
+        Some(path) => {
+            let (first, source) = FileSource::open(path).await?;
+            (first, Some(source))
+        }
+        None => (MeshFile::default(), None),
+    };
     let settings = config.mesh(&first.culvert.stated())?;
     let node = Arc::new(make_node(&config, &settings, &first)?);
     drop(loading);
@@ -65,7 +71,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         config: Arc::new(config),
         mesh: settings,
         pods: enrolment.table(),
-        source: source.status(),
+        source: source.as_ref().map(FileSource::status),
         started: Instant::now(),
         stop,
     });
@@ -93,7 +99,7 @@ async fn follow(
     node: &Node,
     mut enrolment: Enrolment,
     mut wanted: Vec<PodSettings>,
-    mut source: FileSource,
+    mut source: Option<FileSource>,
     mut stopped: mpsc::Receiver<()>,
     starting: OpenTask,
 ) -> anyhow::Result<()> {
@@ -106,10 +112,10 @@ async fn follow(
     look_after.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            update = source.next() => match update {
+            update = next(&mut source) => match update {
                 FileUpdate::Changed(file) => {
                     tracing::info!(changes = file.changes.len(), "the mesh file changed");
-                    node.mesh.publish(node.mesh.snapshot().with(file.changes));
+                    node.mesh.apply(file.changes);
                     wanted = file.culvert.pods;
                     enrolment.reconcile(&wanted).await;
                 }
@@ -122,6 +128,14 @@ async fn follow(
             _ = interrupt.recv() => return Ok(()),
             _ = stopped.recv() => return Ok(()),
         }
+    }
+}
+
+/// Never ready without a file.
+async fn next(source: &mut Option<FileSource>) -> FileUpdate {
+    match source {
+        Some(source) => source.next().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -8,9 +8,10 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use culvert_core::authorization::{Action, Connection};
 use culvert_core::authorize::{self, Denied, DryRun, Permit};
-use culvert_core::snapshot::Snapshot;
+use culvert_core::snapshot::{Change, Snapshot};
 use culvert_core::view::Enrolled;
 use culvert_core::workload::{PolicyKey, Workload};
+use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::ca::Certificates;
@@ -132,6 +133,8 @@ pub struct UnknownWorkload(Arc<str>);
 /// The current snapshot and the enrolled pods; readers never wait.
 pub struct Mesh {
     snapshot: ArcSwap<Snapshot>,
+    /// Held from reading the snapshot to replacing it: file and control plane both change it.
+    writing: Mutex<()>,
     pods: ArcSwap<Pods>,
     published: watch::Sender<u64>,
 }
@@ -147,6 +150,7 @@ impl Mesh {
     pub fn new(snapshot: Snapshot) -> Self {
         Self {
             snapshot: ArcSwap::from_pointee(snapshot),
+            writing: Mutex::new(()),
             pods: ArcSwap::from_pointee(Pods::default()),
             published: watch::Sender::new(0),
         }
@@ -168,10 +172,15 @@ impl Mesh {
         self.pods.load().by_uid.values().cloned().collect()
     }
 
-    /// Makes `next` what every following decision looks at.
-    pub fn publish(&self, next: Snapshot) {
-        self.snapshot.store(Arc::new(next));
+    /// Makes what every following decision looks at from what it is now and `changes`. Gives both,
+    /// the former one first.
+    pub fn apply(&self, changes: Vec<Change>) -> (Arc<Snapshot>, Arc<Snapshot>) {
+        let _one_writer = self.writing.lock();
+        let before = self.snapshot();
+        let next = Arc::new(before.with(changes));
+        self.snapshot.store(next.clone());
         self.published.send_modify(|count| *count += 1);
+        (before, next)
     }
 
     /// Makes `pods` the enrolled ones.

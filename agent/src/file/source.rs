@@ -20,7 +20,7 @@ use super::watch::{DirectoryWatch, Fingerprint};
 pub const MAX_BYTES: u64 = 512 << 20;
 
 /// What one good version of the file brings.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct MeshFile {
     /// From the last good version to this one; from nothing, for the first.
     pub changes: Vec<Change>,
