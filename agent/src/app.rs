@@ -23,18 +23,20 @@ use tracing::level_filters::LevelFilter;
 use crate::admin::readiness::{OpenTask, PROXY, Readiness, STATE_MANAGER};
 use crate::admin::{AdminAddrs, AdminServers, Sources};
 use crate::ca::{Certificates, EmbeddedCa};
-use crate::capture::{Capture, CaptureOptions, KERNEL_LOG, Netns};
-use crate::config::{Config, MeshSettings};
+use crate::capture::{
+    Capture, CaptureOptions, KERNEL_LOG, ListenOptions, Marks, Netns, Redirection,
+};
+use crate::config::{Config, MeshSettings, Redirect};
 use crate::connections::Connections;
 use crate::drain::{self, DrainEnd};
-use crate::file::{FileSource, FileUpdate, MeshFile, PodSettings};
+use crate::file::{FileSource, FileUpdate, MeshFile};
 use crate::node::{Mesh, Node, Options};
 use crate::recheck::recheck;
 use crate::telemetry::Telemetry;
 use crate::telemetry::logging::{Directives, LogControl, LogFormat, Logging};
-use crate::{config, hbone};
+use crate::{config, hbone, zds};
 
-use enrolment::Enrolment;
+use enrolment::{Enrolment, Terms};
 use state::State;
 
 /// How many pods of one node the kernel's tables have room for.
@@ -64,7 +66,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     drop(loading);
 
     let (trigger, draining) = drain::drain();
-    let enrolment = Enrolment::new(node.clone(), readiness.clone(), draining.clone());
+    let named = first.culvert.pods;
+    let enrolment = Enrolment::new(
+        node.clone(),
+        readiness.clone(),
+        draining.clone(),
+        enrolment_terms(&config),
+        named,
+    );
+    let requests = follow_cni(&config, std::future::ready(()));
     let (stop, stopped) = mpsc::channel(1);
     let state = Arc::new(State {
         node: node.clone(),
@@ -83,10 +93,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let serving = tokio::spawn(servers.serve(sources, draining));
     tokio::spawn(recheck(node.clone()));
 
-    follow(&node, enrolment, first.culvert.pods, source, stopped, starting).await?;
+    follow(&node, enrolment, source, requests, stopped, starting).await?;
     let deadline = state.config.drain_deadline;
     tracing::info!(?deadline, "draining: no new connections");
-    node.mesh.pods().iter().for_each(|pod| pod.pool.drain());
+    node.mesh.pods().iter().for_each(|(pod, _)| pod.pool.drain());
     if let DrainEnd::Expired = trigger.begin(deadline).await {
         tracing::info!("the drain's deadline has passed: open connections are reset");
     }
@@ -98,14 +108,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 async fn follow(
     node: &Node,
     mut enrolment: Enrolment,
-    mut wanted: Vec<PodSettings>,
     mut source: Option<FileSource>,
+    mut requests: Option<mpsc::Receiver<zds::Request>>,
     mut stopped: mpsc::Receiver<()>,
     starting: OpenTask,
 ) -> anyhow::Result<()> {
     let (mut terminate, mut interrupt) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    enrolment.reconcile(&wanted).await;
+    enrolment.reconcile().await;
     drop(starting);
     tracing::info!(node = %node.name, version = env!("CARGO_PKG_VERSION"), "culvert is up");
     let mut look_after = tokio::time::interval(LOOK_AFTER_PODS);
@@ -116,14 +126,14 @@ async fn follow(
                 FileUpdate::Changed(file) => {
                     tracing::info!(changes = file.changes.len(), "the mesh file changed");
                     node.mesh.apply(file.changes);
-                    wanted = file.culvert.pods;
-                    enrolment.reconcile(&wanted).await;
+                    enrolment.follow(file.culvert.pods).await;
                 }
                 FileUpdate::Rejected(error) => {
                     tracing::error!(%error, "the mesh file stays as it was");
                 }
             },
-            _ = look_after.tick() => enrolment.reconcile(&wanted).await,
+            request = next_request(&mut requests) => enrolment.obey(request).await,
+            _ = look_after.tick() => enrolment.reconcile().await,
             _ = terminate.recv() => return Ok(()),
             _ = interrupt.recv() => return Ok(()),
             _ = stopped.recv() => return Ok(()),
@@ -139,9 +149,42 @@ async fn next(source: &mut Option<FileSource>) -> FileUpdate {
     }
 }
 
+/// Begins to follow istio-cni, if pods come from there. It is contacted once `synced` is ready.
+fn follow_cni(
+    config: &Config,
+    synced: impl Future<Output = ()> + Send + 'static,
+) -> Option<mpsc::Receiver<zds::Request>> {
+    let path = config.cni.clone()?;
+    let (orders, requests) = mpsc::channel(1);
+    tokio::spawn(async move { zds::run(&path, synced, orders).await });
+    Some(requests)
+}
+
+/// Never ready without istio-cni.
+async fn next_request(requests: &mut Option<mpsc::Receiver<zds::Request>>) -> zds::Request {
+    if let Some(requests) = requests
+        && let Some(request) = requests.recv().await
+    {
+        return request;
+    }
+    std::future::pending().await
+}
+
+fn enrolment_terms(config: &Config) -> Terms {
+    let by_rules = config.redirect == Redirect::Cni;
+    Terms {
+        listen: ListenOptions { share_ports: config.port_reuse, by_rules },
+        marks: Marks::of(config.packet_mark),
+        cni: config.cni.is_some(),
+    }
+}
+
 fn make_node(config: &Config, settings: &MeshSettings, first: &MeshFile) -> anyhow::Result<Node> {
     let mesh = Arc::new(Mesh::new(Snapshot::default().with(first.changes.iter().cloned())));
-    let capture = Arc::new(start_capture(config, first)?);
+    let capture = match config.redirect {
+        Redirect::Ebpf => Redirection::Ebpf(Arc::new(start_capture(config, first)?)),
+        Redirect::Cni => Redirection::Cni,
+    };
     let certificates = Arc::new(start_certificates(config, settings, first, &mesh)?);
     if let Some(logs) = capture.logs() {
         tokio::spawn(logs.forward());

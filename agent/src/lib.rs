@@ -28,6 +28,7 @@ pub mod ca;
 pub mod tls;
 
 pub mod file;
+pub mod zds;
 
 pub mod admin;
 pub mod connections;

@@ -21,6 +21,7 @@ use crate::config::{Config, MeshSettings};
 use crate::connections::{Connections, Direction, Protocol};
 use crate::file::{self, FileStatus};
 use crate::node::Node;
+use crate::pods::Claim;
 use crate::telemetry::{CertificateReading, KernelReading, SourceReading, TunnelReading};
 use crate::tls::CertificateSummary;
 
@@ -107,7 +108,7 @@ fn certificate_ages(state: &ca::CertificateState) -> Option<CertificateReading> 
 }
 
 fn tunnels(node: &Node) -> TunnelReading {
-    let connections = node.mesh.pods().iter().map(|pod| pod.pool.connections() as u64).sum();
+    let connections = node.mesh.pods().iter().map(|(pod, _)| pod.pool.connections() as u64).sum();
     let is_stream = |protocol| matches!(protocol, Protocol::Hbone | Protocol::DoubleHbone);
     let open = node.connections.all();
     let streams = open
@@ -174,18 +175,30 @@ impl AdminState for State {
         let certificates = self.node.certificates.states();
         let rows = self.pods.lock().clone();
         let rows = rows.into_iter().filter_map(|(uid, row)| {
-            let workload = snapshot.workload(&uid)?;
-            let identity = workload.identity();
-            let certificate = certificates.iter().find(|state| state.identity == identity);
+            let workload = row.claim.find(&snapshot);
+            let (name, namespace, service_account) = match (workload, &row.claim) {
+                (Some(workload), _) => {
+                    (&workload.name, &workload.namespace, &workload.service_account)
+                }
+                (None, Claim::Named(pod)) => (&pod.name, &pod.namespace, &pod.service_account),
+                (None, Claim::Uid(_)) => return None,
+            };
+            let identity = workload.map(|workload| workload.identity());
+            let certificate =
+                certificates.iter().find(|state| Some(&state.identity) == identity.as_ref());
+            let enrolled = row.spec.map(|spec| spec.addresses);
             Some(Pod {
-                uid: uid.clone(),
-                workload: uid,
-                name: workload.name.clone(),
-                namespace: workload.namespace.clone(),
-                service_account: workload.service_account.clone(),
-                netns: row.netns.path().display().to_string(),
+                uid,
+                workload: workload.map(|workload| workload.uid.clone()).unwrap_or_default(),
+                name: name.clone(),
+                namespace: namespace.clone(),
+                service_account: service_account.clone(),
+                netns: row.home.to_string(),
                 cookie: row.cookie.unwrap_or_default(),
-                addresses: workload.addresses.clone(),
+                addresses: match workload {
+                    Some(workload) => workload.addresses.clone(),
+                    None => enrolled.unwrap_or_default(),
+                },
                 state: row.failed.map_or(PodState::Enrolled, PodState::Failed),
                 certificate: certificate
                     .map_or(CertificateStatus::Initializing, |found| status(&found.state)),

@@ -83,6 +83,8 @@ pub enum NetnsError {
     Cookie { path: PathBuf, error: io::Error },
     #[error("the descriptor is not a network namespace")]
     NotOne,
+    #[error("the descriptor is the agent's own network namespace")]
+    Own,
 }
 
 impl Netns {
@@ -99,7 +101,13 @@ impl Netns {
         if !sys::is_netns(file.as_fd()) {
             return Err(NetnsError::NotOne);
         }
-        Netns::of(file.into(), Path::new("received"))
+        let netns = Netns::of(file.into(), Path::new("received"))?;
+        let home = netns.home.metadata().map(|home| (home.dev(), home.ino()));
+        let own = netns.metadata().map(|own| (own.dev(), own.ino()));
+        match (home, own) {
+            (Ok(home), Ok(own)) if home != own => Ok(netns),
+            _ => Err(NetnsError::Own),
+        }
     }
 
     fn of(file: File, path: &Path) -> Result<Netns, NetnsError> {

@@ -16,7 +16,7 @@ const ROOMS: [(&[&str], &[&str]); 6] = [
     ),
     (&["h2", "hyper", "hyper_util"], &["hbone", "admin", "cli"]),
     (&["clap", "comfy_table"], &["cli"]),
-    (&["prost", "prost_types", "tonic", "tonic_prost", "culvert_proto"], &["xds", "ca"]),
+    (&["prost", "prost_types", "tonic", "tonic_prost", "culvert_proto"], &["xds", "ca", "zds"]),
     (&["serde_yaml_ng"], &["file"]),
 ];
 
