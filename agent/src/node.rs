@@ -69,6 +69,16 @@ impl Node {
         tokio::time::timeout(WORKLOAD_WAIT, known).await.map_err(unknown)
     }
 
+    /// Who serves what arrives for `pod` now: itself, unless it left and came back since.
+    pub fn successor(&self, pod: &Arc<Pod>) -> Arc<Pod> {
+        if !pod.has_left() {
+            return pod.clone();
+        }
+        let pods = self.mesh.pods();
+        let again = pods.iter().find(|(other, _)| other.netns.cookie() == pod.netns.cookie());
+        again.map_or(pod, |(again, _)| again).clone()
+    }
+
     /// Judges a connection to `local` by the policies of now, and tells of the judgement.
     ///
     /// The connection must be registered: what changes after this is for `recheck` to find. Hence it

@@ -32,7 +32,7 @@ pub async fn serve(node: Arc<Node>, pod: Arc<Pod>, listener: TcpListener, drain:
         }
     };
     accept_until(&listener, end, |client, peer| {
-        let (node, pod, drain) = (node.clone(), pod.clone(), drain.clone());
+        let (node, pod, drain) = (node.clone(), node.successor(&pod), drain.clone());
         tokio::spawn(async move { carry(&node, &pod, client, peer, drain).await });
     })
     .await;

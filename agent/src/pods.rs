@@ -39,9 +39,7 @@ impl Claim {
             }
         }
     }
-}
 
-impl Claim {
     /// Whether it names this workload.
     pub fn is_of(&self, workload: &Workload) -> bool {
         match self {
@@ -88,6 +86,11 @@ impl Pod {
     pub fn leave(&self) {
         self.leaving.cancel();
         self.pool.drain();
+    }
+
+    /// Whether it was told to leave.
+    pub fn has_left(&self) -> bool {
+        self.leaving.is_cancelled()
     }
 
     /// Its listeners close once their queues are empty.

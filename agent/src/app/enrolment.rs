@@ -26,6 +26,7 @@ use crate::pods::{Claim, Pod};
 use crate::{inbound, outbound};
 
 pub(super) use wanted::Home;
+use leaving::Leaving;
 use wanted::{Handed, Wanted};
 
 /// Time between two attempts to enrol a pod that could not be enrolled.
@@ -67,6 +68,8 @@ pub(super) struct Enrolment {
     cni: Cni,
     enrolled: HashMap<Arc<str>, EnrolledPod>,
     failed: HashMap<Arc<str>, Instant>,
+    /// The listeners of pods that left, for as long as these linger.
+    leaving: Leaving,
     /// Namespaces whose name is gone, by pod: refused everything until they have ended.
     ending: HashMap<NetnsCookie, Arc<str>>,
     table: PodTable,
@@ -129,6 +132,7 @@ impl Enrolment {
             cni: if terms.cni { Cni::Never } else { Cni::Unused },
             enrolled: HashMap::new(),
             failed: HashMap::new(),
+            leaving: Leaving::default(),
             ending: HashMap::new(),
             table: PodTable::default(),
             unready,
@@ -272,7 +276,11 @@ impl Enrolment {
         if let Some(other) = self.enrolled.values().find(taken) {
             return Err(EnrolError::Taken(other.pod.uid.clone()));
         }
-        let listeners = netns.listen_with(self.terms.listen).map_err(EnrolError::Listen)?;
+        let listeners = match self.leaving.take(netns.cookie()) {
+            // It comes back before all that it was sent has arrived.
+            Some(listeners) => listeners,
+            None => netns.listen_with(self.terms.listen).map_err(EnrolError::Listen)?,
+        };
         let pool = Pool::new(self.node.tunnels.clone());
         let pod = Arc::new(Pod::new(uid.clone(), want.claim.clone(), netns.clone(), pool));
         let serving = self.serve(&pod, &listeners).map_err(EnrolError::Listen)?;
@@ -296,12 +304,16 @@ impl Enrolment {
         let (spec, listeners) = (enrolled.spec.clone(), enrolled.listeners.try_clone());
         let listeners = listeners.map_err(EnrolError::Listen)?;
         let pod = enrolled.pod.claim.to_string();
+        let beside_cni = enrolled.spec.beside_cni;
         tokio::task::spawn_blocking(move || {
             match (netns.add_return_route(), &capture) {
                 (Ok(()), _) => {}
                 // There istio-cni's own route leads back while the pod is in the mesh.
                 (Err(error), Redirection::Cni) => tracing::warn!(%pod, %error, "no return route"),
                 (Err(error), Redirection::Ebpf(_)) => return Err(EnrolError::Route(error)),
+            }
+            if beside_cni && let Err(error) = netns.hold_translations() {
+                tracing::warn!(%pod, %error, "connections will not outlive istio-cni's rules");
             }
             let listeners = PodListeners::from(&listeners);
             let netns = &*netns;

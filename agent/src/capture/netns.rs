@@ -1,6 +1,7 @@
 //! Network namespaces: entering them, listening in them, and their route back for kept addresses.
 
 mod routes;
+mod tracking;
 
 use std::fs::File;
 use std::io;
@@ -206,6 +207,17 @@ impl Netns {
     /// Undoes [`Netns::add_return_route`]. Open connections that kept a client's address break.
     pub fn remove_return_route(&self) -> io::Result<()> {
         routes::remove(self)
+    }
+
+    /// Keeps connections that rules of the pod have translated whole when those rules go (nftables,
+    /// Linux 5.2 for translation in family `inet`).
+    pub fn hold_translations(&self) -> io::Result<()> {
+        tracking::hold(self)
+    }
+
+    /// Undoes [`Netns::hold_translations`].
+    pub fn release_translations(&self) -> io::Result<()> {
+        tracking::release(self)
     }
 }
 
