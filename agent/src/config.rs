@@ -7,6 +7,7 @@
 mod cgroup;
 mod environment;
 mod plane;
+mod proxy;
 mod settings;
 
 use std::fmt;

@@ -116,10 +116,7 @@ impl Session<'_> {
         }
     }
 
-    async fn converse(
-        &mut self,
-        socket: &UnixSeqpacket,
-    ) -> Result<std::convert::Infallible, End> {
+    async fn converse(&mut self, socket: &UnixSeqpacket) -> Result<std::convert::Infallible, End> {
         send(socket, &protocol::hello()).await?;
         tracing::info!("connected to istio-cni");
         let mut conversation = Conversation::default();

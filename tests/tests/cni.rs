@@ -68,10 +68,7 @@ fn town_with(
     on_a: impl FnOnce(Mesh) -> Mesh,
     on_b: impl FnOnce(Mesh) -> Mesh,
 ) -> Town {
-    let mesh = Mesh::new()
-        .node("a")
-        .pod("client", "web", "client")
-        .pod("near", "shop", "server");
+    let mesh = Mesh::new().node("a").pod("client", "web", "client").pod("near", "shop", "server");
     let mesh = on_b(on_a(mesh).node("b").pod("far", "shop", "server"))
         .service(ServiceSpec::new("near", "shop").port(80, PORT).endpoint("near"))
         .service(ServiceSpec::new("far", "shop").port(80, PORT).endpoint("far"));
@@ -251,9 +248,8 @@ fn enrolling_and_withdrawing_under_load_loses_no_connection(arrangement: Arrange
             town.enrol(agent, pod).unwrap();
             grow(&town.mesh, &mut live);
         }
-        let hbone = |hbone| {
-            move |mesh: &mut Mesh| mesh.pods.iter_mut().for_each(|pod| pod.hbone = hbone)
-        };
+        let hbone =
+            |hbone| move |mesh: &mut Mesh| mesh.pods.iter_mut().for_each(|pod| pod.hbone = hbone);
         culvert_tests::expect::edit(&mut town.mesh, &[&a, &b], hbone(true)).unwrap();
         grow(&town.mesh, &mut live);
         // Nobody is told to use tunnels any more when the pods leave.
@@ -295,11 +291,8 @@ fn restarted_agent_takes_up_its_pods(arrangement: Arrangement) {
 }
 
 fn ports_of_the_agent_are_nobodys_destination(arrangement: Arrangement) {
-    let town = town_with(
-        arrangement,
-        |mesh| mesh.pod_with(PodSpec::unknown("stranger")),
-        |mesh| mesh,
-    );
+    let town =
+        town_with(arrangement, |mesh| mesh.pod_with(PodSpec::unknown("stranger")), |mesh| mesh);
     let mesh = &town.mesh;
     let [a, _b] = agents(&town);
     let before = figures::descriptors(&a).unwrap();

@@ -25,8 +25,8 @@ use crate::node::Node;
 use crate::pods::{Claim, Pod};
 use crate::{inbound, outbound};
 
-pub(super) use wanted::Home;
 use leaving::Leaving;
+pub(super) use wanted::Home;
 use wanted::{Handed, Wanted};
 
 /// Time between two attempts to enrol a pod that could not be enrolled.

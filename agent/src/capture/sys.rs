@@ -217,8 +217,7 @@ pub fn is_netns(file: BorrowedFd) -> bool {
     // SAFETY: all zeroes is a valid value of this plain structure.
     let mut stat: libc::statfs = unsafe { mem::zeroed() };
     // SAFETY: `stat` is ours.
-    if unsafe { libc::fstatfs(file.as_raw_fd(), &mut stat) } < 0
-        || stat.f_type as i64 != NSFS_MAGIC
+    if unsafe { libc::fstatfs(file.as_raw_fd(), &mut stat) } < 0 || stat.f_type as i64 != NSFS_MAGIC
     {
         return false;
     }

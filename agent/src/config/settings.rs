@@ -11,10 +11,10 @@ use std::time::Duration;
 use tracing_subscriber::filter::Targets;
 
 use super::environment::{Environment, duration, number, switch};
-use super::plane;
 use super::{
     Config, ConfigError, Http2, Keepalive, Log, LogFormat, Named, PoolLimits, Servers, StatedMesh,
 };
+use super::{plane, proxy};
 
 /// The flags of `culvert run`, as written.
 #[derive(Clone, Debug, Default)]
@@ -63,6 +63,15 @@ impl Config {
     /// The settings, or the first thing about them that cannot be.
     pub fn new(flags: Flags, around: &Surroundings) -> Result<Config, ConfigError> {
         let env = Environment { variable: around.variable, names: around.variables };
+        let further = proxy::variables(&env)?;
+        let value = |name: &str| {
+            let stated = (around.variable)(name);
+            let of_config = || further.iter().find(|(key, _)| key == name);
+            stated.or_else(|| of_config().map(|(_, value)| value.clone()))
+        };
+        let names: Vec<OsString> =
+            around.variables.iter().chain(further.iter().map(|(name, _)| name)).cloned().collect();
+        let env = Environment { variable: &value, names: &names };
         env.refuse_unsupported()?;
         let file = mesh_file(&env, flags.config)?;
         let alone = file.is_some();
@@ -250,6 +259,12 @@ fn worker_threads(
     env: &Environment,
     processors: NonZeroUsize,
 ) -> Result<NonZeroUsize, ConfigError> {
+    // Kubernetes tells a container with a share of the processors how many it may count on.
+    let cores = |name| env.parse(name, |text| number::<usize>(text, 0, MAX_THREADS as u64));
+    let processors = cores("ZTUNNEL_CPU_LIMIT")?.and_then(NonZeroUsize::new).unwrap_or(processors);
+    let request = cores("ZTUNNEL_RESOURCE_CPU_REQUEST")?.unwrap_or(0);
+    let limit = cores("ZTUNNEL_RESOURCE_CPU_LIMIT")?.map(|limit| limit.max(request));
+    let default = limit.and_then(NonZeroUsize::new).unwrap_or(processors);
     let threads = |text: &str| -> Result<NonZeroUsize, String> {
         let count = match text.strip_suffix('%') {
             None => text.parse::<usize>().map_err(|_| "is neither a number nor a percentage")?,
@@ -272,7 +287,7 @@ fn worker_threads(
             why: format!("{ours} is not {theirs}"),
         }),
         (Some(count), _) | (None, Some(count)) => Ok(count),
-        (None, None) => Ok(processors),
+        (None, None) => Ok(default),
     }
 }
 

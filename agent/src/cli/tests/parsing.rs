@@ -100,6 +100,12 @@ fn run_reads_flags_and_environment() {
 }
 
 #[test]
+fn istios_chart_starts_the_agent_too() {
+    assert!(matches!(parse("proxy ztunnel"), Ok(Command::Run(_))));
+    assert!(parse("proxy sidecar").is_err());
+}
+
+#[test]
 fn detach_needs_nothing_but_pins() {
     let path = |line: &str, variables: &[(&str, &str)]| match prepare(
         parse(line).unwrap(),

@@ -167,3 +167,30 @@ fn choices_are_taken() {
     assert_eq!(config.dns.unwrap().prefer_namespace.as_deref(), Some("shared"));
     assert_eq!(config.ca.unwrap().ttl.as_secs(), 7200);
 }
+
+#[test]
+fn proxy_config_stands_for_variables() {
+    let text = "discoveryAddress: istiod.two:15012\nproxyAdminPort: 15999\nconcurrency: 3\n\
+                proxyMetadata: {DNS_CAPTURE: 'false', ISTIO_META_A: b}\ntracing: {}\n";
+    let config = pod(&[("PROXY_CONFIG", text)]).unwrap();
+    assert_eq!(config.servers.admin.to_string(), "127.0.0.1:15999");
+    assert_eq!(config.worker_threads.get(), 3);
+    assert!(config.dns.is_none());
+    let xds = config.xds.unwrap();
+    assert_eq!(xds.control.addresses, ["https://istiod.two:15012"]);
+    assert!(xds.metadata.contains(&("A".to_owned(), json!("b"))));
+    let stated = pod(&[("PROXY_CONFIG", text), ("XDS_ADDRESS", "istiod:15012")]).unwrap();
+    assert_eq!(stated.xds.unwrap().control.addresses, ["https://istiod:15012"]);
+    let error = pod(&[("PROXY_CONFIG", "concurrency: many")]).unwrap_err().to_string();
+    assert!(error.starts_with("PROXY_CONFIG: "), "{error}");
+}
+
+#[test]
+fn threads_follow_the_containers_share() {
+    let threads = |variables: &[(&str, &str)]| pod(variables).unwrap().worker_threads.get();
+    assert_eq!(threads(&[("ZTUNNEL_CPU_LIMIT", "64")]), 64);
+    assert_eq!(threads(&[("ZTUNNEL_CPU_LIMIT", "64"), ("ZTUNNEL_WORKER_THREADS", "25%")]), 16);
+    assert_eq!(threads(&[("ZTUNNEL_RESOURCE_CPU_LIMIT", "2")]), 2);
+    let request = ("ZTUNNEL_RESOURCE_CPU_REQUEST", "4");
+    assert_eq!(threads(&[("ZTUNNEL_RESOURCE_CPU_LIMIT", "2"), request]), 4);
+}

@@ -8,9 +8,8 @@ use super::*;
 const SNAPSHOT_SENT: &[u8] = &[0x1a, 0x00];
 const DEL_U: &[u8] = &[0x12, 0x03, 0x12, 0x01, b'u'];
 const KEEP_U: &[u8] = &[0x2a, 0x03, 0x0a, 0x01, b'u'];
-const ADD_U: &[u8] = &[
-    0x0a, 0x0e, 0x0a, 1, b'u', 0x12, 9, 0x0a, 1, b'n', 0x12, 1, b's', 0x1a, 1, b'a',
-];
+const ADD_U: &[u8] =
+    &[0x0a, 0x0e, 0x0a, 1, b'u', 0x12, 9, 0x0a, 1, b'n', 0x12, 1, b's', 0x1a, 1, b'a'];
 const ADD_WITHOUT_INFO: &[u8] = &[0x0a, 0x03, 0x0a, 0x01, b'u'];
 
 fn packet(bytes: &[u8], descriptors: usize) -> Packet {
@@ -58,30 +57,32 @@ fn each_sequence_is_answered_as_the_table_says() {
     // Row, packets with their number of descriptors, and what becomes of each.
     type Step<'a> = (&'a [u8], usize, &'a str);
     let rows: [(&str, &[Step<'_>]); 13] = [
-        ("Z2, Z3", &[
-            (ADD_U, 1, "add u n s a"),
-            (SNAPSHOT_SENT, 0, "snapshot u"),
-            (ADD_U, 1, "add u n s a"),
-        ]),
+        (
+            "Z2, Z3",
+            &[
+                (ADD_U, 1, "add u n s a"),
+                (SNAPSHOT_SENT, 0, "snapshot u"),
+                (ADD_U, 1, "add u n s a"),
+            ],
+        ),
         ("Z5, Z6", &[(KEEP_U, 0, "nothing"), (SNAPSHOT_SENT, 0, "snapshot u")]),
         ("Z7, Z8", &[(SNAPSHOT_SENT, 0, "snapshot "), (DEL_U, 0, "del u")]),
         ("Z9", &[(SNAPSHOT_SENT, 0, "snapshot "), (SNAPSHOT_SENT, 0, process)]),
         ("Z10", &[(ADD_U, 0, "failure to read message : 0 descriptors, 1 expected")]),
         ("Z11", &[(ADD_U, 2, "failure to read message : 2 descriptors, 1 expected")]),
-        ("Z13", &[
-            (ADD_U, 1, "add u n s a"),
-            (DEL_U, 0, "nothing"),
-            (SNAPSHOT_SENT, 0, "snapshot "),
-        ]),
+        (
+            "Z13",
+            &[(ADD_U, 1, "add u n s a"), (DEL_U, 0, "nothing"), (SNAPSHOT_SENT, 0, "snapshot ")],
+        ),
         ("Z14", &[(ADD_WITHOUT_INFO, 1, process)]),
         ("keep after the snapshot", &[(SNAPSHOT_SENT, 0, "snapshot "), (KEEP_U, 0, process)]),
         ("descriptor on another message", &[(SNAPSHOT_SENT, 1, read), (DEL_U, 1, read)]),
         ("not a message", &[(&[0xff, 0xff], 0, read), (b"GET / HTTP/1.1\r\n", 0, read)]),
         ("no payload", &[(&[], 0, read), (&[0x22, 0x00], 0, read)]),
-        ("former field of a removal", &[
-            (SNAPSHOT_SENT, 0, "snapshot "),
-            (&[0x12, 0x03, 0x0a, 0x01, b'u'], 0, "del "),
-        ]),
+        (
+            "former field of a removal",
+            &[(SNAPSHOT_SENT, 0, "snapshot "), (&[0x12, 0x03, 0x0a, 0x01, b'u'], 0, "del ")],
+        ),
     ];
     for (row, steps) in rows {
         let mut conversation = Conversation::default();
