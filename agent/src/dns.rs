@@ -98,7 +98,7 @@ struct PodNames {
 
 impl PodNames {
     fn new(node: Arc<Node>, dns: Dns, pod: Arc<Pod>) -> Self {
-        let sockets = PodSockets { netns: pod.netns.clone(), capture: node.capture.clone() };
+        let sockets = PodSockets { netns: pod.netns.clone(), redirection: node.capture.clone() };
         let resolver = dns.upstreams.as_ref().and_then(|upstreams| {
             let built = upstreams.in_pod(sockets);
             built.inspect_err(|error| tracing::error!(workload = %pod.uid, %error)).ok()

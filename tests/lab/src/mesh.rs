@@ -23,6 +23,8 @@ pub struct Mesh {
     pub require_waypoint: String,
     /// How long the embedded CA's certificates live.
     pub certificate_ttl: Duration,
+    /// Whether the file says which pods are enrolled; otherwise agents learn it from elsewhere.
+    pub enrols: bool,
     pub(crate) attach: crate::lab::Attach,
 }
 
@@ -109,6 +111,7 @@ impl Mesh {
             policies: Vec::new(),
             require_waypoint: "nobody".to_owned(),
             certificate_ttl: Duration::from_secs(24 * 3600),
+            enrols: true,
             attach: crate::lab::Attach::Process,
         }
     }

@@ -117,7 +117,7 @@ fn culvert(out: &mut Text, mesh: &Mesh, facts: &Facts<'_>) {
     let enrolled: Vec<(&PodSpec, &Pod)> = mesh
         .pods
         .iter()
-        .filter(|spec| spec.enrolled && spec.known)
+        .filter(|spec| mesh.enrols && spec.enrolled && spec.known)
         .filter_map(|spec| Some((spec, facts.pods.iter().find(|pod| pod.name() == spec.name)?)))
         .collect();
     out.line(2, if enrolled.is_empty() { "pods: []" } else { "pods:" });
