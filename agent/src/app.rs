@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use culvert_core::identity::Identity;
 use culvert_core::admit::HeaderTo;
+use culvert_core::identity::Identity;
 use culvert_core::snapshot::Snapshot;
 use culvert_core::workload::Workload;
 use rand::SeedableRng;

@@ -11,6 +11,7 @@ mod open;
 mod process;
 mod readings;
 mod series;
+mod xds;
 
 use std::fmt;
 use std::fmt::Display;
@@ -33,6 +34,7 @@ pub use context::{
 pub use open::OpenConnection;
 pub use readings::{CertificateReading, KernelReading, SourceReading, TunnelReading};
 pub use series::ByteCounters;
+pub use xds::{Termination, XdsMetrics, XdsReading};
 
 use encode::BoundedCounters;
 use labels::OnDemandDnsLabels;
@@ -59,6 +61,7 @@ struct Inner {
     on_demand_dns: Arc<BoundedCounters<OnDemandDnsLabels>>,
     rejudged: Counter,
     pods: PodMetrics,
+    xds: XdsMetrics,
 }
 
 /// The pods that are enrolled on this node, as `workload_manager_*`.
@@ -115,6 +118,7 @@ impl Telemetry {
             ),
             rejudged: Counter::default(),
             pods: PodMetrics::default(),
+            xds: XdsMetrics::default(),
             registry: Mutex::default(),
         };
         inner.register_counters(&mut registry);
@@ -162,6 +166,15 @@ impl Telemetry {
 
     pub fn pods(&self) -> &PodMetrics {
         &self.0.pods
+    }
+
+    pub fn xds(&self) -> &XdsMetrics {
+        &self.0.xds
+    }
+
+    /// Adds the workload API's state, read at each scrape.
+    pub fn watch_xds(&self, read: impl Fn() -> XdsReading + Send + Sync + 'static) {
+        self.watch(read);
     }
 
     /// Adds the kernel programs' counts, read at each scrape.
@@ -228,6 +241,7 @@ impl Inner {
             "Live connections closed because a policy or binding changed",
             self.rejudged.clone(),
         );
+        self.xds.register(registry);
         let pods = &self.pods;
         let prefix = "workload_manager";
         for (name, help, gauge) in [

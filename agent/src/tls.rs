@@ -12,6 +12,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 pub use certificate::{CertificateSummary, UnusableCertificate, WorkloadCertificate};
+pub(crate) use config::provider;
 pub use error::{PeerFault, Side, TlsError};
 
 /// How long a handshake may take before the peer counts as absent, unless the caller says otherwise.

@@ -20,7 +20,7 @@ pub(super) const ALPN_H2: &[u8] = b"h2";
 /// The algorithms of mesh peers, best first; a server takes the first of the client's that it has.
 ///
 /// The post-quantum hybrid comes first so that its key share is in the first flight.
-pub(super) fn provider() -> CryptoProvider {
+pub(crate) fn provider() -> CryptoProvider {
     CryptoProvider {
         cipher_suites: vec![
             cipher_suite::TLS13_AES_256_GCM_SHA384,
