@@ -12,6 +12,7 @@ use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
+use super::Trust;
 use super::verify::{ClientVerifier, ServerVerifier};
 
 /// The only application protocol of HBONE (RFC 9113, section 3.2).
@@ -41,21 +42,23 @@ pub(super) fn unsent_server_name() -> ServerName<'static> {
     ServerName::from(std::net::IpAddr::V4(Ipv4Addr::UNSPECIFIED))
 }
 
-/// How to accept peers of `trust_domain` under `roots`.
+/// How to accept peers of `trust_domain` under `roots`, as far as `trust` does.
 pub(super) fn server(
     provider: &Arc<CryptoProvider>,
     key: &Arc<CertifiedKey>,
     roots: &Arc<RootCertStore>,
     trust_domain: &Arc<str>,
+    trust: &Trust,
 ) -> Result<ServerConfig, rustls::Error> {
     let path = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
         // Naming our roots would make clients with an intermediate issuer withhold their certificate.
         .clear_root_hint_subjects()
         .build()
         .map_err(|error| rustls::Error::General(error.to_string()))?;
+    let verifier = ClientVerifier::new(path, roots.clone(), trust_domain.clone(), trust.clone());
     let mut config = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&TLS13])?
-        .with_client_cert_verifier(Arc::new(ClientVerifier::new(path, trust_domain.clone())))
+        .with_client_cert_verifier(Arc::new(verifier))
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(key.clone())));
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
