@@ -118,11 +118,11 @@ fn services(count: usize) -> usize {
 
 fn addresses(count: usize) -> DeltaDiscoveryResponse {
     let services = if count == 0 { 0 } else { services(count) };
-    let resources = (0..services)
-        .map(|number| resource(address::Type::Service(service(number))))
-        .chain((0..count).map(|number| {
-            resource(address::Type::Workload(workload(number, services, 0)))
-        }));
+    let resources =
+        (0..services).map(|number| resource(address::Type::Service(service(number)))).chain(
+            (0..count)
+                .map(|number| resource(address::Type::Workload(workload(number, services, 0)))),
+        );
     response(ADDRESS_TYPE_URL, "first-addresses", resources.collect())
 }
 

@@ -3,8 +3,8 @@
 use std::net::IpAddr;
 
 use culvert_lab::mesh::{Mesh, PodSpec, Running, ServiceSpec};
-use culvert_tests::expect::{is_refused, logged};
 use culvert_tests::binary;
+use culvert_tests::expect::{is_refused, logged};
 
 use super::stage::{ask, shares, tell};
 

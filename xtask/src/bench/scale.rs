@@ -249,8 +249,12 @@ fn ready_peer(plane: &Path, binary: &Path, count: usize) -> Result<Ready> {
     let plane = Plane::start(place.command(plane)?, &root, count)?;
     let mut command = place.command(binary)?;
     command.envs(plane.environment.iter().map(|(name, value)| (name, value)));
-    command.env("FAKE_CA", "true").env("CA_ADDRESS", "").env("NODE_NAME", "a");
-    command.env("INPOD_ENABLED", "false").env("PROXY_MODE", "shared").env("DNS_PROXY", "false");
+    let address = plane.environment.iter().find(|(name, _)| name == "XDS_ADDRESS");
+    command.envs(address.map(|(_, address)| ("CA_ADDRESS", address)));
+    command.env("CA_ROOT_CA", &root);
+    // On its own, without istio-cni. The certificate authority is not asked for anything.
+    command.env("NODE_NAME", "a").env("RUST_LOG", "warn").env("PROXY_MODE", "dedicated");
+    command.env("PROXY_WORKLOAD_INFO", "ns-0/app-0/app-0");
     let started = Instant::now();
     let process = place.start("ztunnel", &mut command)?;
     let at = SocketAddr::from(([127, 0, 0, 1], 15021));
