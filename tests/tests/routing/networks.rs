@@ -124,7 +124,8 @@ fn without_a_gateway_or_a_proof_nobody_is_reached() {
         }
     };
     let keep = |_: &mut Mesh| ();
-    let cases: [(&str, Option<&str>, Box<dyn FnOnce(&mut Mesh)>, &str); 4] = [
+    type Change = Box<dyn FnOnce(&mut Mesh)>;
+    let cases: [(&str, Option<&str>, Change, &str); 4] = [
         ("none", None, Box::new(keep), "no healthy upstream"),
         ("lost", Some("n2/192.0.2.9"), Box::new(keep), "unknown network gateway"),
         ("nameless", Some(&east), Box::new(claims("[]")), "outbound"),
