@@ -7,7 +7,6 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use culvert_abi::DNS_PORT;
 use culvert_core::workload::Workload;
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
@@ -308,7 +307,7 @@ impl Enrolment {
     ) -> Result<Option<(Dns, DnsSockets)>, EnrolError> {
         let Some(dns) = self.node.dns.clone() else { return Ok(None) };
         let sockets =
-            netns.listen_for_dns(&spec.addresses, DNS_PORT).map_err(EnrolError::Listen)?;
+            netns.listen_for_dns(&spec.addresses, dns.port).map_err(EnrolError::Listen)?;
         Ok(Some((dns, sockets)))
     }
 
