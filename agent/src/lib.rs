@@ -31,6 +31,7 @@ pub mod tls;
 pub mod control;
 pub mod file;
 pub mod watch;
+pub mod xds;
 
 pub mod admin;
 pub mod connections;

@@ -206,8 +206,11 @@ impl Mesh {
     }
 
     /// Makes what every following decision looks at from what it is now and `changes`. Gives both,
-    /// the former one first.
-    pub fn apply(&self, changes: Vec<Change>) -> (Arc<Snapshot>, Arc<Snapshot>) {
+    /// the former one first. Other writers wait while the changes are taken.
+    pub fn apply(
+        &self,
+        changes: impl IntoIterator<Item = Change>,
+    ) -> (Arc<Snapshot>, Arc<Snapshot>) {
         let _one_writer = self.writing.lock();
         let before = self.snapshot();
         let next = Arc::new(before.with(changes));

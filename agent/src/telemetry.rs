@@ -12,6 +12,7 @@ mod open;
 mod process;
 mod readings;
 mod series;
+mod xds;
 
 use std::fmt;
 use std::fmt::Display;
@@ -35,6 +36,7 @@ pub use dns::{DnsMetrics, DnsSource};
 pub use open::OpenConnection;
 pub use readings::{CertificateReading, KernelReading, SourceReading, TunnelReading};
 pub use series::ByteCounters;
+pub use xds::{Termination, XdsMetrics, XdsReading};
 
 use encode::BoundedCounters;
 use labels::OnDemandDnsLabels;
@@ -64,6 +66,7 @@ struct Inner {
     crl_rejected: Family<[(&'static str, &'static str); 1], Counter>,
     crl_untracked: Family<[(&'static str, &'static str); 1], Counter>,
     pods: PodMetrics,
+    xds: XdsMetrics,
 }
 
 /// The pods that are enrolled on this node, as `workload_manager_*`.
@@ -123,6 +126,7 @@ impl Telemetry {
             crl_rejected: Family::default(),
             crl_untracked: Family::default(),
             pods: PodMetrics::default(),
+            xds: XdsMetrics::default(),
             registry: Mutex::default(),
         };
         inner.register_counters(&mut registry);
@@ -186,6 +190,15 @@ impl Telemetry {
 
     pub fn pods(&self) -> &PodMetrics {
         &self.0.pods
+    }
+
+    pub fn xds(&self) -> &XdsMetrics {
+        &self.0.xds
+    }
+
+    /// Adds the workload API's state, read at each scrape.
+    pub fn watch_xds(&self, read: impl Fn() -> XdsReading + Send + Sync + 'static) {
+        self.watch(read);
     }
 
     /// Adds the kernel programs' counts, read at each scrape.
@@ -264,6 +277,7 @@ impl Inner {
             "Connections that no later revocation can reach",
             self.crl_untracked.clone(),
         );
+        self.xds.register(registry);
         let pods = &self.pods;
         let prefix = "workload_manager";
         for (name, help, gauge) in [
