@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use culvert_abi::DNS_PORT;
 use culvert_core::admit::HeaderTo;
 use culvert_core::snapshot::Snapshot;
 use tokio::runtime::Handle;
@@ -17,7 +18,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::level_filters::LevelFilter;
 
-use crate::admin::readiness::{OpenTask, PROXY, Readiness, STATE_MANAGER};
+use crate::admin::readiness::{DNS_PROXY, OpenTask, PROXY, Readiness, STATE_MANAGER};
 use crate::admin::{AdminAddrs, AdminServers, Sources};
 use crate::ca::Certificates;
 use crate::capture::{
@@ -53,7 +54,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         Err(error) => tracing::warn!(%error, "the limit of open files stays as it is"),
     }
     let readiness = Readiness::default();
-    let (loading, starting) = (readiness.open(STATE_MANAGER), readiness.open(PROXY));
+    let loading = readiness.open(STATE_MANAGER);
+    let mut starting = vec![readiness.open(PROXY)];
+    starting.extend(config.dns.is_some().then(|| readiness.open(DNS_PROXY)));
     let (first, source) = match &config.file {
         Some(path) => {
             let (first, source) = FileSource::open(path).await?;
@@ -119,7 +122,7 @@ async fn follow(
     mut source: Option<FileSource>,
     mut requests: Option<mpsc::Receiver<zds::Request>>,
     mut stopped: mpsc::Receiver<()>,
-    starting: OpenTask,
+    starting: Vec<OpenTask>,
 ) -> anyhow::Result<()> {
     let (mut terminate, mut interrupt) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -239,7 +242,7 @@ fn make_node(
         mesh: rooms.mesh,
         capture: rooms.capture,
         certificates: rooms.certificates,
-        dns: config.dns.as_ref().map(|settings| dns(config, settings, upstreams)),
+        dns: config.dns.as_ref().map(|dns| make_dns(config, dns, upstreams)).transpose()?,
         resolver: own,
         telemetry: rooms.telemetry,
         connections: Connections::default(),
@@ -263,13 +266,22 @@ fn name_servers() -> Option<Upstreams> {
     upstreams.inspect_err(|error| tracing::warn!(%error, "names are not looked up")).ok()
 }
 
-fn dns(config: &Config, settings: &DnsSettings, upstreams: Option<Upstreams>) -> Dns {
-    Dns {
+fn make_dns(
+    config: &Config,
+    settings: &DnsSettings,
+    upstreams: Option<Upstreams>,
+) -> anyhow::Result<Dns> {
+    let port = settings.addr.port();
+    if config.redirect == Redirect::Ebpf && port != DNS_PORT {
+        anyhow::bail!("the kernel programs lead questions to port {DNS_PORT}, not to {port}");
+    }
+    Ok(Dns {
+        port,
         cluster_domain: settings.cluster_domain.clone(),
         prefer_namespace: settings.prefer_namespace.clone(),
         ipv6: config.ipv6,
         upstreams,
-    }
+    })
 }
 
 /// The log goes to standard error, from a thread of its own; it ends with the process.

@@ -41,6 +41,8 @@ const ASKED: usize = 128;
 /// How names are served; the same for all pods of the node.
 #[derive(Clone)]
 pub struct Dns {
+    /// Of the listeners, UDP and TCP.
+    pub port: u16,
     /// Without a dot at either end, in lower case.
     pub cluster_domain: Arc<str>,
     /// Whose services win when several namespaces have a name.

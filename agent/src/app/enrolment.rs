@@ -9,7 +9,6 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use culvert_abi::DNS_PORT;
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::time::Instant;
@@ -342,7 +341,7 @@ impl Enrolment {
             true => &[],
             false => &*spec.addresses,
         };
-        let sockets = netns.listen_for_dns(own, DNS_PORT).map_err(EnrolError::Listen)?;
+        let sockets = netns.listen_for_dns(own, dns.port).map_err(EnrolError::Listen)?;
         Ok(Some((dns, sockets)))
     }
 

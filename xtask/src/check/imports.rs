@@ -22,6 +22,7 @@ const ROOMS: [(&[&str], &[&str]); 7] = [
     ),
     (&["tokio_seqpacket"], &["zds"]),
     (&["serde_yaml_ng"], &["file", "config"]),
+    (&["hickory_proto", "hickory_resolver"], &["dns"]),
 ];
 
 /// The two ways of a connection, which never know of each other.
