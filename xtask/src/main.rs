@@ -14,6 +14,7 @@ mod setup;
 mod bench;
 mod check;
 mod demo;
+mod e2e;
 mod test;
 
 /// Culvert's developer commands.
@@ -31,6 +32,7 @@ enum Command {
     Test(test::Arguments),
     Demo(demo::Arguments),
     Bench(bench::Arguments),
+    E2e(Box<e2e::Arguments>),
     #[command(hide = true)]
     BenchServer(bench::server::Arguments),
     #[command(hide = true)]
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         Command::Test(arguments) => test::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::E2e(arguments) => e2e::run(&arguments),
         Command::BenchServer(arguments) => bench::server::run(&arguments),
         Command::BenchLoad(arguments) => bench::load::run(&arguments),
     };

@@ -261,7 +261,8 @@ async fn sum(mut stream: TcpStream, bytes: usize) -> Result<Value, Failure> {
         return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
     }
     let answer: Value = serde_json::from_str(&answer).map_err(Failure::wrong)?;
-    let want = sent.iter().fold(0u64, |sum, byte| sum.wrapping_mul(31).wrapping_add((*byte).into()));
+    let want =
+        sent.iter().fold(0u64, |sum, byte| sum.wrapping_mul(31).wrapping_add((*byte).into()));
     if answer.get("sum").and_then(Value::as_u64) != Some(want) {
         return Err(Failure::wrong(format!("the server got something else: {answer}")));
     }

@@ -33,6 +33,8 @@ struct Arguments {
 enum Command {
     /// Serve on all ports until told to stop
     Serve(serve::Arguments),
+    /// Do nothing until told to stop
+    Wait,
     /// Make the calls of a JSON list, and print what became of each
     Call { calls: String },
     /// Start, read or stop a load that the server of this pod runs
@@ -42,7 +44,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let done = runtime.context("starting").and_then(|runtime| runtime.block_on(run()));
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
 async fn run() -> Result<()> {
     match Arguments::parse().command {
         Command::Serve(arguments) => serve::run(arguments).await,
+        Command::Wait => serve::told_to_stop().await,
         Command::Call { calls } => {
             println!("{}", call::all(&calls).await?);
             Ok(())

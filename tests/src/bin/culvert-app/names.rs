@@ -21,7 +21,12 @@ pub async fn resolve(to: &str) -> Result<Vec<SocketAddr>, Failure> {
 }
 
 /// Asks `server`, or the first one of `/etc/resolv.conf`, for records of one type.
-pub async fn ask(name: &str, record: &str, server: Option<IpAddr>, tcp: bool) -> Result<Value, Failure> {
+pub async fn ask(
+    name: &str,
+    record: &str,
+    server: Option<IpAddr>,
+    tcp: bool,
+) -> Result<Value, Failure> {
     let server = match server {
         Some(server) => server,
         None => system_server()?,

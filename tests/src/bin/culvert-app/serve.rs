@@ -84,6 +84,13 @@ impl Drop for Open {
     }
 }
 
+/// Waits for SIGTERM, which the first process of a container would otherwise not even notice.
+pub async fn told_to_stop() -> Result<()> {
+    let mut stop = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+    stop.recv().await;
+    Ok(())
+}
+
 pub async fn run(arguments: Arguments) -> Result<()> {
     let mut stop = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let shared = Arc::new(Shared {

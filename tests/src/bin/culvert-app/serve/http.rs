@@ -28,7 +28,11 @@ pub async fn serve(stream: TcpStream, remote: SocketAddr, shared: Arc<Shared>) {
     let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
 }
 
-fn answer(request: &Request<Incoming>, greeting: &Greeting, shared: &Shared) -> Response<Full<Bytes>> {
+fn answer(
+    request: &Request<Incoming>,
+    greeting: &Greeting,
+    shared: &Shared,
+) -> Response<Full<Bytes>> {
     let path = request.uri().path();
     match path {
         "/ready" if shared.ready.load(Ordering::Relaxed) => plain(StatusCode::OK, "ready\n"),

@@ -66,7 +66,9 @@ pub async fn sum(mut stream: TcpStream, remote: SocketAddr, shared: Arc<Shared>)
             }
             bytes += count;
             let read = buffer.get(..count).unwrap_or_default();
-            sum = read.iter().fold(sum, |sum, byte| sum.wrapping_mul(31).wrapping_add((*byte).into()));
+            sum = read
+                .iter()
+                .fold(sum, |sum, byte| sum.wrapping_mul(31).wrapping_add((*byte).into()));
         }
         let answer = json!({ "pod": greeting.place.pod, "bytes": bytes, "sum": sum });
         line(&mut stream, &answer).await?;
