@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
-use std::process::{Child, Stdio};
+use std::process::{Child, ChildStdout, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -151,6 +151,8 @@ impl Agents {
 /// A port of a pod on this machine's loopback address, while it lives.
 struct Forward {
     child: Child,
+    /// Held open: kubectl writes to it with every connection.
+    said: Option<BufReader<ChildStdout>>,
     local: SocketAddr,
 }
 
@@ -170,14 +172,16 @@ impl Forward {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = command.spawn().context("starting kubectl port-forward")?;
         let stdout = child.stdout.take().context("no output of kubectl port-forward")?;
-        let mut forward = Self { child, local: SocketAddr::from(([127, 0, 0, 1], 0)) };
-        let mut said = String::new();
-        BufReader::new(stdout).read_line(&mut said).context("reading from kubectl port-forward")?;
+        let local = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut forward = Self { child, said: None, local };
+        let (mut line, mut reader) = (String::new(), BufReader::new(stdout));
+        reader.read_line(&mut line).context("reading from kubectl port-forward")?;
+        forward.said = Some(reader);
         // Forwarding from 127.0.0.1:40001 -> 15000
-        let local = said.split_whitespace().find_map(|word| word.parse::<SocketAddr>().ok());
+        let local = line.split_whitespace().find_map(|word| word.parse::<SocketAddr>().ok());
         match local {
             Some(local) => forward.local = local,
-            None => bail!("port {port} of {pod} cannot be reached: {:?}", said.trim()),
+            None => bail!("port {port} of {pod} cannot be reached: {:?}", line.trim()),
         }
         Ok(forward)
     }

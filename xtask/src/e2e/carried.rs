@@ -26,6 +26,23 @@ impl Line {
         &self.whole
     }
 
+    /// The line without what tells nothing about one call.
+    pub fn short(&self) -> String {
+        let told = [
+            "src.addr",
+            "src.workload",
+            "src.identity",
+            "dst.addr",
+            "dst.hbone_addr",
+            "dst.workload",
+            "dst.identity",
+            "error",
+        ];
+        let told = told.iter().filter(|name| self.fields.contains_key(**name));
+        let told: Vec<String> = told.map(|name| format!("{name}={}", self.field(name))).collect();
+        format!("{} {}", self.field("direction"), told.join(" "))
+    }
+
     /// Whether both ends are named with their identities, as only mutual TLS proves them.
     pub fn has_identities(&self) -> bool {
         ["src.identity", "dst.identity"]

@@ -36,7 +36,7 @@ fn gather(town: &Town, scenario: &str) -> Result<PathBuf> {
         let ours: Vec<_> = ours.collect();
         println!("    the last of {} on {}:", agent.kind, agent.node);
         for line in ours.iter().skip(ours.len().saturating_sub(SHOWN)) {
-            println!("      {}", head(line.whole(), 700));
+            println!("      {}", head(&line.short(), 500));
         }
     }
     let (mesh, istio) = (town.mesh(), town.agents.namespace.clone());

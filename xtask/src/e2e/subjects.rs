@@ -25,6 +25,8 @@ mod telemetry;
 
 mod istioctl;
 
+mod disturb;
+
 mod enrolment;
 mod rollout;
 

@@ -4,9 +4,8 @@
 use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::path::PathBuf;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -84,7 +83,7 @@ pub struct Town {
     pub run: String,
     /// Two nodes, or the same one twice.
     pub nodes: [String; 2],
-    pods: Vec<Pod>,
+    pods: RwLock<Vec<Pod>>,
     begun: Mutex<Instant>,
     made: AtomicU64,
 }
@@ -102,14 +101,14 @@ impl Town {
         nodes: [String; 2],
     ) -> Result<Self> {
         let run = format!("e2e-{:x}", std::process::id());
-        let mut town = Self {
+        let town = Self {
             kubectl,
             agents,
             undo,
             options,
             run,
             nodes,
-            pods: Vec::new(),
+            pods: RwLock::default(),
             begun: Mutex::new(Instant::now()),
             made: AtomicU64::new(0),
         };
@@ -127,8 +126,8 @@ impl Town {
         town.kubectl.apply(&town.objects())?;
         for namespace in &namespaces {
             town.wait_ready(namespace)?;
-            town.pods.extend(town.pods_of(namespace)?);
         }
+        town.renew()?;
         Ok(town)
     }
 
@@ -211,14 +210,29 @@ impl Town {
     /// The pod of this role (`client` or `server`) in one of the namespaces.
     pub fn pod(&self, namespace: &str, role: &str, node: usize) -> Pod {
         let name = format!("{role}-{}", if node == 0 { "a" } else { "b" });
-        let found = self.pods.iter().find(|pod| pod.namespace == namespace && pod.name == name);
-        found.cloned().unwrap_or_else(|| Pod {
+        let found =
+            self.pods().iter().find(|pod| pod.namespace == namespace && pod.name == name).cloned();
+        found.unwrap_or_else(|| Pod {
             namespace: namespace.to_owned(),
             account: name.clone(),
             name,
             node: String::new(),
             ips: Vec::new(),
         })
+    }
+
+    /// Looks up the pods again: after a reboot they have other addresses.
+    pub fn renew(&self) -> Result<()> {
+        let mut found = Vec::new();
+        for namespace in [self.mesh(), self.other(), self.plain()] {
+            found.extend(self.pods_of(&namespace)?);
+        }
+        *self.pods.write().unwrap_or_else(PoisonError::into_inner) = found;
+        Ok(())
+    }
+
+    fn pods(&self) -> RwLockReadGuard<'_, Vec<Pod>> {
+        self.pods.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Which program carries the mesh on the first or second node.
@@ -381,8 +395,8 @@ impl Town {
     /// The pod of the town that a server said it is.
     pub fn named(&self, outcome: &Outcome) -> Result<Pod> {
         let mesh = self.mesh();
-        let found =
-            self.pods.iter().find(|pod| pod.namespace == mesh && pod.name == outcome.server());
+        let pods = self.pods();
+        let found = pods.iter().find(|pod| pod.namespace == mesh && pod.name == outcome.server());
         found.cloned().with_context(|| format!("answered by {:?}", outcome.server()))
     }
 

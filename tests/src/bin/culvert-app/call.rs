@@ -186,9 +186,9 @@ async fn http(
         .await
         .map_err(|error| Failure::http(&error))?;
     let connection = tokio::spawn(connection);
+    let path = if path.is_empty() { "/" } else { path };
     let mut answer = Value::Null;
     for turn in 1..=times {
-        let path = if path.is_empty() { "/" } else { path };
         let mut request = Request::get(path).header("host", host);
         if turn == times {
             request = request.header("connection", "close");
@@ -197,8 +197,11 @@ async fn http(
             request = request.header(name, value);
         }
         let request = request.body(Full::<Bytes>::default()).map_err(Failure::wrong)?;
-        let response = sender.send_request(request).await;
-        let response = response.map_err(|error| Failure::http(&error))?;
+        let response = match sender.send_request(request).await {
+            Ok(response) => response,
+            Err(error) if error.is_canceled() => return Err(ended(connection).await),
+            Err(error) => return Err(Failure::http(&error)),
+        };
         let status = response.status();
         outcome.status = Some(status.as_u16());
         let body = response.into_body().collect().await;
@@ -214,6 +217,14 @@ async fn http(
     drop(sender);
     let _ = connection.await;
     Ok(answer)
+}
+
+/// How a connection ended that was over before the request.
+async fn ended(connection: tokio::task::JoinHandle<hyper::Result<()>>) -> Failure {
+    match connection.await {
+        Ok(Err(error)) => Failure::http(&error),
+        _ => Failure::from(std::io::Error::from(std::io::ErrorKind::UnexpectedEof)),
+    }
 }
 
 fn pattern(bytes: usize) -> Vec<u8> {

@@ -232,8 +232,10 @@ fn dual_stack(town: &Town) -> Result<Verdict> {
 fn itself(town: &Town) -> Result<Verdict> {
     for node in [0, 1] {
         let pod = town.server(node);
+        // Its bare name is its own hostname, which `/etc/hosts` knows.
+        let service = format!("{}.{}", pod.name, pod.namespace);
         let calls =
-            [Call::http(pod.at(8080)), Call::http("127.0.0.1:8080"), Call::http(at(&pod.name, 80))];
+            [Call::http(pod.at(8080)), Call::http("127.0.0.1:8080"), Call::http(at(&service, 80))];
         for outcome in town.call_all(&pod, &calls)? {
             ensure!(outcome.server() == pod.name, "answered by {:?}", outcome.server());
         }
