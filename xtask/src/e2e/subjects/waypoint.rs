@@ -59,7 +59,8 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// Makes a waypoint for the time of `work`, once it serves.
+/// Makes a waypoint for the time of `work`, once it serves. Its name must be new: of a name that it
+/// has seen before, istiod can forget to say that the waypoint is there.
 pub fn with_waypoint<T>(
     town: &Town,
     (namespace, name, traffic): (&str, &str, &str),
@@ -102,9 +103,10 @@ fn for_services<T>(
 }
 
 fn service(town: &Town) -> Result<Verdict> {
+    let name = town.unique("waypoint");
     let mesh = town.mesh();
-    with_waypoint(town, (&mesh, "waypoint", "service"), || {
-        for_services(town, WAYPOINT, "waypoint", || {
+    with_waypoint(town, (&mesh, &name, "service"), || {
+        for_services(town, WAYPOINT, &name, || {
             let mut cases = cases(town, &Want::NoWaypoint, &Want::Waypoint);
             for (client, server) in PATHS {
                 let host = at(&town.server(server).name, 9000);
@@ -137,9 +139,10 @@ fn service(town: &Town) -> Result<Verdict> {
 }
 
 fn workload(town: &Town) -> Result<Verdict> {
+    let name = town.unique("for-pods");
     let mesh = town.mesh();
-    with_waypoint(town, (&mesh, "for-pods", "workload"), || {
-        let label = (WAYPOINT, Some("for-pods"));
+    with_waypoint(town, (&mesh, &name, "workload"), || {
+        let label = (WAYPOINT, Some(name.as_str()));
         town.labelled(&mesh, "pod/server-a", label, || {
             town.labelled(&mesh, "pod/server-b", label, || {
                 town.settle(&cases(town, &Want::Waypoint, &Want::NoWaypoint))
@@ -150,9 +153,10 @@ fn workload(town: &Town) -> Result<Verdict> {
 }
 
 fn namespace(town: &Town) -> Result<Verdict> {
+    let name = town.unique("for-all");
     let mesh = town.mesh();
-    with_waypoint(town, (&mesh, "for-all", "all"), || {
-        town.labelled("", &format!("namespace/{mesh}"), (WAYPOINT, Some("for-all")), || {
+    with_waypoint(town, (&mesh, &name, "all"), || {
+        town.labelled("", &format!("namespace/{mesh}"), (WAYPOINT, Some(&name)), || {
             town.settle(&cases(town, &Want::Waypoint, &Want::Waypoint))?;
             town.labelled(&mesh, "service/server-b", (WAYPOINT, Some("none")), || {
                 let out = [0, 1].map(|node| {
@@ -169,10 +173,11 @@ fn namespace(town: &Town) -> Result<Verdict> {
 }
 
 fn elsewhere(town: &Town) -> Result<Verdict> {
+    let name = town.unique("lent");
     let other = town.other();
-    with_waypoint(town, (&other, "lent", "service"), || {
+    with_waypoint(town, (&other, &name, "service"), || {
         for_services(town, "istio.io/use-waypoint-namespace", &other, || {
-            for_services(town, WAYPOINT, "lent", || {
+            for_services(town, WAYPOINT, &name, || {
                 town.settle(&cases(town, &Want::NoWaypoint, &Want::Waypoint))
             })
         })
@@ -181,15 +186,16 @@ fn elsewhere(town: &Town) -> Result<Verdict> {
 }
 
 fn under_load(town: &Town) -> Result<Verdict> {
+    let name = town.unique("passing");
     let mesh = town.mesh();
     let start = |node: usize| {
         let to = at(&town.server(1 - node).name, 80);
         Load::start(town, &town.client(node), &Plan { calls: Some((to, 15.0)), streams: None })
     };
     let loads = [start(0)?, start(1)?];
-    with_waypoint(town, (&mesh, "passing", "service"), || {
+    with_waypoint(town, (&mesh, &name, "service"), || {
         for _ in 0..2 {
-            for_services(town, WAYPOINT, "passing", || {
+            for_services(town, WAYPOINT, &name, || {
                 town.settle(&cases(town, &Want::NoWaypoint, &Want::Waypoint))
             })?;
             town.settle(&cases(town, &Want::NoWaypoint, &Want::NoWaypoint))?;
@@ -216,12 +222,13 @@ fn under_load(town: &Town) -> Result<Verdict> {
 }
 
 fn missing(town: &Town) -> Result<Verdict> {
-    for_services(town, WAYPOINT, "nowhere", || {
+    let name = town.unique("nowhere");
+    for_services(town, WAYPOINT, &name, || {
         let cases = cases(town, &Want::NoWaypoint, &Want::NoWaypoint);
         town.settle(&cases)?;
         // It comes, is used, and goes again.
         let mesh = town.mesh();
-        with_waypoint(town, (&mesh, "nowhere", "service"), || {
+        with_waypoint(town, (&mesh, &name, "service"), || {
             town.settle(&self::cases(town, &Want::NoWaypoint, &Want::Waypoint))
         })?;
         town.settle(&cases)
@@ -230,13 +237,15 @@ fn missing(town: &Town) -> Result<Verdict> {
 }
 
 fn scaled_away(town: &Town) -> Result<Verdict> {
+    let name = town.unique("small");
     let mesh = town.mesh();
-    with_waypoint(town, (&mesh, "small", "service"), || {
-        for_services(town, WAYPOINT, "small", || {
+    with_waypoint(town, (&mesh, &name, "service"), || {
+        for_services(town, WAYPOINT, &name, || {
             let there = cases(town, &Want::NoWaypoint, &Want::Waypoint);
             town.settle(&there)?;
+            let deployment = format!("deployment/{name}");
             let scale = |count: &str| {
-                ["scale", "deployment/small", "-n", mesh.as_str(), count].map(ToOwned::to_owned)
+                ["scale", deployment.as_str(), "-n", mesh.as_str(), count].map(ToOwned::to_owned)
             };
             town.kubectl.run(&scale("--replicas=0"))?;
             town.settle(&cases(town, &Want::NoWaypoint, &Want::Refusal))?;
@@ -249,15 +258,16 @@ fn scaled_away(town: &Town) -> Result<Verdict> {
 
 fn canary(town: &Town) -> Result<Verdict> {
     let mesh = town.mesh();
+    let (primary, second) = (town.unique("primary"), town.unique("canary"));
     let own = |name: &str| format!("*/ns/{mesh}/sa/{name}");
-    with_waypoint(town, (&mesh, "primary", "service"), || {
-        with_waypoint(town, (&mesh, "canary", "service"), || {
-            for_services(town, WAYPOINT, "primary", || {
-                for_services(town, "istio.io/use-waypoint-canary", "canary", || {
+    with_waypoint(town, (&mesh, &primary, "service"), || {
+        with_waypoint(town, (&mesh, &second, "service"), || {
+            for_services(town, WAYPOINT, &primary, || {
+                for_services(town, "istio.io/use-waypoint-canary", &second, || {
                     // Only what the canary brings is let in: the refused rest came by the other.
                     let spec = json!({
                         "selector": { "matchLabels": { "role": "server" } },
-                        "rules": [{ "from": [{ "source": { "principals": [own("canary")] } }] }],
+                        "rules": [{ "from": [{ "source": { "principals": [own(&second)] } }] }],
                     });
                     town.with(&[manifest::policy(&mesh, "canary-only", spec)], || {
                         for (weight, least, most) in [(100, 20, 20), (0, 0, 0), (50, 2, 18)] {
@@ -304,6 +314,7 @@ fn share(town: &Town, least: usize, most: usize) -> Result<()> {
 }
 
 fn egress(town: &Town) -> Result<Verdict> {
+    let name = town.unique("egress");
     let mesh = town.mesh();
     let to = town.pod(&town.plain(), "server", 0);
     let spec = json!({
@@ -312,9 +323,8 @@ fn egress(town: &Town) -> Result<Verdict> {
         "ports": [{ "number": 80, "name": "http", "protocol": "HTTP", "targetPort": 8080 }],
         "endpoints": [{ "address": to.ip() }],
     });
-    let entry =
-        manifest::labelled(service_entry(&mesh, "egress", spec), &json!({ WAYPOINT: "egress" }));
-    with_waypoint(town, (&mesh, "egress", "service"), || {
+    let entry = manifest::labelled(service_entry(&mesh, &name, spec), &json!({ WAYPOINT: name }));
+    with_waypoint(town, (&mesh, &name, "service"), || {
         town.with(&[entry], || {
             let call = Call::http("240.240.200.30:80");
             let cases =

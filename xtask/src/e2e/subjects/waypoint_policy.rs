@@ -28,16 +28,18 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-fn behind<T>(town: &Town, work: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Puts both services behind a waypoint called `name`.
+fn behind<T>(town: &Town, name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let mesh = town.mesh();
-    with_waypoint(town, (&mesh, "waypoint", "service"), || {
-        town.labelled(&mesh, "service/server-a", (WAYPOINT, Some("waypoint")), || {
-            town.labelled(&mesh, "service/server-b", (WAYPOINT, Some("waypoint")), work)
+    with_waypoint(town, (&mesh, name, "service"), || {
+        town.labelled(&mesh, "service/server-a", (WAYPOINT, Some(name)), || {
+            town.labelled(&mesh, "service/server-b", (WAYPOINT, Some(name)), work)
         })
     })
 }
 
 fn request_policy(town: &Town) -> Result<Verdict> {
+    let name = town.unique("waypoint");
     let mesh = town.mesh();
     let spec = json!({
         "targetRefs": [{ "kind": "Service", "group": "", "name": "server-a" }],
@@ -47,7 +49,7 @@ fn request_policy(town: &Town) -> Result<Verdict> {
             "to": [{ "operation": { "paths": ["/closed"] } }],
         }],
     });
-    behind(town, || {
+    behind(town, &name, || {
         town.with(&[manifest::policy(&mesh, "requests", spec)], || {
             let call = |path: &str| Call::http("server-a:80").with("path", path);
             town.settle(&[
@@ -61,12 +63,13 @@ fn request_policy(town: &Town) -> Result<Verdict> {
 }
 
 fn only_way(town: &Town) -> Result<Verdict> {
+    let name = town.unique("waypoint");
     let mesh = town.mesh();
     let spec = json!({
         "selector": { "matchLabels": { "role": "server" } },
-        "rules": [{ "from": [{ "source": { "principals": [format!("*/ns/{mesh}/sa/waypoint")] } }] }],
+        "rules": [{ "from": [{ "source": { "principals": [format!("*/ns/{mesh}/sa/{name}")] } }] }],
     });
-    behind(town, || {
+    behind(town, &name, || {
         town.with(&[manifest::policy(&mesh, "only-way", spec)], || {
             let mut cases = Vec::new();
             for (index, name) in ["server-a", "server-b"].into_iter().enumerate() {
@@ -91,6 +94,7 @@ fn only_way(town: &Town) -> Result<Verdict> {
 }
 
 fn route(town: &Town) -> Result<Verdict> {
+    let name = town.unique("waypoint");
     let mesh = town.mesh();
     let to = |name: &str| json!({ "name": name, "port": 80, "weight": 1 });
     let route = manifest::object(
@@ -106,7 +110,7 @@ fn route(town: &Town) -> Result<Verdict> {
             }],
         }}),
     );
-    behind(town, || {
+    behind(town, &name, || {
         town.with(&[route], || {
             town.until("the route to hold", || {
                 for node in [0, 1] {
