@@ -62,18 +62,21 @@ pub fn task() -> Result<Task, ExitCode> {
         let _ = told.print();
         ExitCode::from(u8::try_from(told.exit_code()).unwrap_or(1))
     })?;
-    prepare(arguments.command, &|name| std::env::var_os(name)).map_err(|error| fail(&error))
+    let names: Vec<_> = std::env::vars_os().map(|(name, _)| name).collect();
+    prepare(arguments.command, &|name| std::env::var_os(name), &names).map_err(|error| fail(&error))
 }
 
 fn prepare(
     command: Command,
     variable: &dyn Fn(&str) -> Option<OsString>,
+    variables: &[OsString],
 ) -> Result<Task, CliError> {
     let what = match command {
         Command::Run(run) => {
             let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
             let around = Surroundings {
                 variable,
+                variables,
                 processors: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
                 cgroup2: find_cgroup2(&mountinfo),
             };

@@ -5,24 +5,56 @@
 //! start with an error that names the setting.
 
 mod cgroup;
+mod environment;
+mod plane;
+mod proxy;
 mod settings;
 
 use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 pub use cgroup::find_cgroup2;
+pub use plane::{
+    AgentPod, CaSettings, ControlPlane, DnsSettings, Kept, Redirect, Roots, Token, XdsSettings,
+};
 pub(crate) use settings::{DEFAULT_ADMIN, DEFAULT_PIN_PATH};
 pub use settings::{Flags, Surroundings};
 
 /// All that `app` needs to know to construct the agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The mesh file (`--config`, `CULVERT_CONFIG`, `LOCAL_XDS_PATH`).
-    pub file: PathBuf,
+    /// The mesh file (`--config`, `CULVERT_CONFIG`, `LOCAL_XDS_PATH`); there is this, or a control
+    /// plane, or both.
+    pub file: Option<PathBuf>,
+    /// The control plane's workload API; `None` when there is none.
+    pub xds: Option<XdsSettings>,
+    /// The control plane's certificate service; `None` for the embedded authority.
+    pub ca: Option<CaSettings>,
+    /// The socket on which istio-cni tells of pods (`INPOD_UDS`); `None` when the file does.
+    pub cni: Option<PathBuf>,
+    /// Who brings connections to the agent (`CULVERT_REDIRECT`).
+    pub redirect: Redirect,
+    /// `None` when names are not the agent's business (`ISTIO_META_DNS_CAPTURE`).
+    pub dns: Option<DnsSettings>,
+    /// Certificate revocation lists in PEM or DER (`CRL_PATH`).
+    pub crl: Option<PathBuf>,
+    /// Other names of the own trust domain, whose identities count as its own
+    /// (`TRUST_DOMAIN_ALIASES`, separated by commas).
+    pub trust_domain_aliases: Vec<Arc<str>>,
+    /// The pod that the agent itself is.
+    pub pod: AgentPod,
+    /// Application tunnels with PROXY protocol end at a loopback address (`LOCALHOST_APP_TUNNEL`).
+    pub localhost_app_tunnel: bool,
+    /// On every socket that the agent opens in a pod; the lower 12 bits (`PACKET_MARK`).
+    pub packet_mark: u32,
+    /// Listeners share their ports with those of another agent (`INPOD_PORT_REUSE`).
+    pub port_reuse: bool,
+    /// `IPV6_ENABLED`.
+    pub ipv6: bool,
     /// Which workloads are this agent's own (`--node`, `NODE_NAME`); not empty.
     pub node: Arc<str>,
     /// Kept between runs (`--state-dir`, `CULVERT_STATE_DIR`).
@@ -158,7 +190,10 @@ impl Config {
                      theirs: &Option<Arc<str>>| match (ours, theirs) {
             (Some(ours), Some(theirs)) if ours != theirs => Err(ConfigError::Contradiction {
                 setting: Named(variable.to_owned()),
-                other: Named(format!("culvert.{key} of {}", self.file.display())),
+                other: Named(format!(
+                    "culvert.{key} of {}",
+                    self.file.as_deref().unwrap_or(Path::new("")).display()
+                )),
                 why: format!("{ours:?} is not {theirs:?}"),
             }),
             (Some(stated), _) | (None, Some(stated)) => Ok(Some(stated.clone())),

@@ -27,7 +27,9 @@ pub mod relay;
 pub mod ca;
 pub mod tls;
 
+pub mod control;
 pub mod file;
+pub mod watch;
 
 pub mod admin;
 pub mod connections;

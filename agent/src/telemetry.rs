@@ -58,6 +58,8 @@ struct Inner {
     dry_run: Arc<BoundedCounters<DryRunEvaluation>>,
     on_demand_dns: Arc<BoundedCounters<OnDemandDnsLabels>>,
     rejudged: Counter,
+    crl_rejected: Family<[(&'static str, &'static str); 1], Counter>,
+    crl_untracked: Family<[(&'static str, &'static str); 1], Counter>,
     pods: PodMetrics,
 }
 
@@ -114,6 +116,8 @@ impl Telemetry {
                 ),
             ),
             rejudged: Counter::default(),
+            crl_rejected: Family::default(),
+            crl_untracked: Family::default(),
             pods: PodMetrics::default(),
             registry: Mutex::default(),
         };
@@ -158,6 +162,17 @@ impl Telemetry {
     /// Counts the evaluation of a policy that is in dry run.
     pub fn dry_run(&self, evaluation: DryRunEvaluation) {
         self.0.dry_run.increase(evaluation);
+    }
+
+    /// Counts a peer that was refused, or a live connection that was cut off, because the peer's
+    /// certificate is revoked.
+    pub fn crl_rejected(&self, reporter: Reporter) {
+        self.0.crl_rejected.get_or_create(&[("reporter", reporter.label())]).inc();
+    }
+
+    /// Counts a live connection that no later revocation can reach.
+    pub fn crl_untracked(&self, reporter: Reporter) {
+        self.0.crl_untracked.get_or_create(&[("reporter", reporter.label())]).inc();
     }
 
     pub fn pods(&self) -> &PodMetrics {
@@ -216,6 +231,8 @@ impl Inner {
     fn register_counters(&self, registry: &mut Registry) {
         for reporter in [Reporter::Source, Reporter::Destination] {
             self.sockets.get_or_create(&[("reporter", reporter.label())]).set(0);
+            let _present = self.crl_rejected.get_or_create(&[("reporter", reporter.label())]);
+            let _present = self.crl_untracked.get_or_create(&[("reporter", reporter.label())]);
         }
         registry.register("istio_tcp_sockets_open", "Open TCP sockets", self.sockets.clone());
         registry.register(
@@ -227,6 +244,16 @@ impl Inner {
             "culvert_authorization_rejudged_closings",
             "Live connections closed because a policy or binding changed",
             self.rejudged.clone(),
+        );
+        registry.register(
+            "istio_crl_policy_rejections",
+            "Peers refused or cut off because their certificate is revoked",
+            self.crl_rejected.clone(),
+        );
+        registry.register(
+            "istio_crl_untracked_connections",
+            "Connections that no later revocation can reach",
+            self.crl_untracked.clone(),
         );
         let pods = &self.pods;
         let prefix = "workload_manager";

@@ -15,6 +15,7 @@ mod bench;
 mod check;
 mod demo;
 mod e2e;
+mod image;
 mod test;
 
 /// Culvert's developer commands.
@@ -33,6 +34,7 @@ enum Command {
     Demo(demo::Arguments),
     Bench(bench::Arguments),
     E2e(Box<e2e::Arguments>),
+    Image(image::Arguments),
     #[command(hide = true)]
     BenchServer(bench::server::Arguments),
     #[command(hide = true)]
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::E2e(arguments) => e2e::run(&arguments),
+        Command::Image(arguments) => image::run(&arguments),
         Command::BenchServer(arguments) => bench::server::run(&arguments),
         Command::BenchLoad(arguments) => bench::load::run(&arguments),
     };

@@ -29,7 +29,8 @@ pub(super) struct State {
     pub config: Arc<Config>,
     pub mesh: MeshSettings,
     pub pods: PodTable,
-    pub source: watch::Receiver<FileStatus>,
+    /// That of the mesh file, when there is one.
+    pub source: Option<watch::Receiver<FileStatus>>,
     pub started: Instant,
     /// Asks for the graceful shutdown.
     pub stop: mpsc::Sender<()>,
@@ -39,16 +40,17 @@ impl State {
     /// Lets the metrics read what other rooms keep.
     pub fn watch(&self) {
         let telemetry = &self.node.telemetry;
-        let source = self.source.clone();
-        telemetry.watch_source(move || {
-            let status = source.borrow();
-            SourceReading {
-                kind: "file",
-                loaded: Some(status.loaded_at),
-                loads: status.loads,
-                errors: status.errors,
-            }
-        });
+        if let Some(source) = self.source.clone() {
+            telemetry.watch_source(move || {
+                let status = source.borrow();
+                SourceReading {
+                    kind: "file",
+                    loaded: Some(status.loaded_at),
+                    loads: status.loads,
+                    errors: status.errors,
+                }
+            });
+        }
         let node = Arc::downgrade(&self.node);
         telemetry
             .watch_kernel(move || node.upgrade().map(|node| kernel(&node)).unwrap_or_default());
@@ -137,6 +139,21 @@ fn shown(certificate: CertificateSummary) -> Certificate {
     }
 }
 
+impl State {
+    fn source(&self) -> Source {
+        let Some(file) = &self.source else {
+            return Source { kind: "none", path: String::new(), loaded_at: None, error: None };
+        };
+        let file = file.borrow().clone();
+        Source {
+            kind: "file",
+            path: file.path.display().to_string(),
+            loaded_at: Some(file.loaded_at.into()),
+            error: file.error.map(|error| error.to_string()),
+        }
+    }
+}
+
 impl AdminState for State {
     fn snapshot(&self) -> Arc<Snapshot> {
         self.node.mesh.snapshot()
@@ -182,18 +199,12 @@ impl AdminState for State {
     }
 
     fn agent(&self) -> Agent {
-        let source = self.source.borrow().clone();
         let programs = self.node.capture.programs().into_iter();
         Agent {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: self.node.name.to_string(),
             uptime: self.started.elapsed(),
-            source: Source {
-                kind: "file",
-                path: source.path.display().to_string(),
-                loaded_at: Some(source.loaded_at.into()),
-                error: source.error.map(|error| error.to_string()),
-            },
+            source: self.source(),
             kernel: Kernel {
                 cgroup: self.config.cgroup.display().to_string(),
                 pin_path: self.config.pin_path.display().to_string(),
@@ -242,7 +253,8 @@ impl AdminState for State {
     }
 
     fn static_config(&self) -> Result<Snapshot, String> {
-        let loaded = tokio::runtime::Handle::current().block_on(file::load(&self.config.file));
+        let Some(path) = &self.config.file else { return Ok(Snapshot::default()) };
+        let loaded = tokio::runtime::Handle::current().block_on(file::load(path));
         let mesh = loaded.map_err(|error| error.to_string())?;
         Ok(Snapshot::default().with(file::diff(&file::Mesh::default(), &mesh)))
     }

@@ -34,7 +34,8 @@ pub(super) struct Arguments {
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// Run the agent in the foreground.
-    #[command(after_help = RUN_EXAMPLES, after_long_help = RUN_VARIABLES)]
+    // `proxy ztunnel` is how Istio's own chart starts the image that it is given.
+    #[command(alias = "proxy", after_help = RUN_EXAMPLES, after_long_help = RUN_VARIABLES)]
     Run(RunFlags),
     /// Show whether the agent is ready, and what it holds.
     #[command(after_help = "\
@@ -139,6 +140,26 @@ Examples:
   culvert run --config mesh.yaml --node node-a --state-dir ./state --log info,access=debug
   NODE_NAME=node-a LOCAL_XDS_PATH=mesh.yaml culvert run
 
+In a mesh of Istio's, with defaults as in a pod of Kubernetes:
+  XDS_ADDRESS, CA_ADDRESS           several may stand, with commas; empty for none
+                                    [istiod.istio-system.svc:15012 unless there is a mesh file]
+  XDS_ROOT_CA, CA_ROOT_CA           file, PEM text or SYSTEM [./var/run/secrets/istio/root-cert.pem]
+  ALT_XDS_HOSTNAME, ALT_CA_HOSTNAME a name their certificates may carry instead
+  AUTH_TOKEN                        file or text [./var/run/secrets/tokens/istio-token]
+  XDS_ON_DEMAND                     ask for addresses when they are needed [false]
+  CULVERT_XDS_CACHE                 file to keep the last good state in [none]
+  CULVERT_XDS_CACHE_MAX_AGE         how old it may be when it is served [1h]
+  SECRET_TTL                        lifetime of certificates [24h]
+  TRUST_DOMAIN_ALIASES              other names of the own trust domain [none]
+  CRL_PATH                          revocation lists, PEM or DER [none]
+  INPOD_UDS                         istio-cni's socket [/var/run/ztunnel/ztunnel.sock]
+  CULVERT_REDIRECT                  ebpf, or cni for the rules that istio-cni sets [ebpf]
+  ISTIO_META_DNS_CAPTURE            answer the pods' DNS questions [true]
+  ISTIO_META_*, ISTIO_METAJSON_*    node metadata for the control plane
+  XDS_HEADER_*, CA_HEADER_*         further request headers
+  POD_NAME, POD_NAMESPACE, SERVICE_ACCOUNT, INSTANCE_IP    the agent's own pod
+  PROXY_CONFIG                      YAML that stands for some of these
+
 Environment, with defaults:
   CULVERT_WORKER_THREADS            threads, a number or 50%; also ZTUNNEL_WORKER_THREADS [all]
   CONNECTION_TERMINATION_DEADLINE   how long connections may outlast a shutdown's start [5s]
@@ -160,6 +181,8 @@ An empty variable counts as absent. What contradicts itself ends the start.";
 
 #[derive(Debug, Args)]
 pub(super) struct RunFlags {
+    #[arg(hide = true, value_parser = ["ztunnel"])]
+    role: Option<String>,
     /// The mesh file [env: CULVERT_CONFIG or LOCAL_XDS_PATH]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,

@@ -10,9 +10,12 @@ use std::time::Duration;
 
 use tracing_subscriber::filter::Targets;
 
+use super::environment::{Environment, duration, number, switch};
 use super::{
-    Config, ConfigError, Http2, Keepalive, Log, LogFormat, Named, PoolLimits, Servers, StatedMesh,
+    Config, ConfigError, Http2, Keepalive, Log, LogFormat, Named, PoolLimits, Redirect, Servers,
+    StatedMesh,
 };
+use super::{plane, proxy};
 
 /// The flags of `culvert run`, as written.
 #[derive(Clone, Debug, Default)]
@@ -33,6 +36,8 @@ pub struct Flags {
 pub struct Surroundings<'a> {
     /// An environment variable.
     pub variable: &'a dyn Fn(&str) -> Option<OsString>,
+    /// The names of all environment variables.
+    pub variables: &'a [OsString],
     /// Processors that this process may use.
     pub processors: NonZeroUsize,
     /// Where the cgroup2 hierarchy is mounted.
@@ -44,6 +49,9 @@ pub(crate) const DEFAULT_ADMIN: SocketAddr = v4(Ipv4Addr::LOCALHOST, 15000);
 const DEFAULT_STATS: SocketAddr = v6(Ipv6Addr::UNSPECIFIED, 15020);
 const DEFAULT_READINESS: SocketAddr = v6(Ipv6Addr::UNSPECIFIED, 15021);
 pub(crate) const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/culvert";
+const DEFAULT_CLUSTER: &str = "Kubernetes";
+/// Where the cgroup hierarchy is customarily mounted.
+const CGROUP_FS: &str = "/sys/fs/cgroup";
 const DEFAULT_STATE_DIR: &str = "/var/lib/culvert";
 
 const fn v4(ip: Ipv4Addr, port: u16) -> SocketAddr {
@@ -57,21 +65,64 @@ const fn v6(ip: Ipv6Addr, port: u16) -> SocketAddr {
 impl Config {
     /// The settings, or the first thing about them that cannot be.
     pub fn new(flags: Flags, around: &Surroundings) -> Result<Config, ConfigError> {
-        let env = Environment(around.variable);
+        let env = Environment { variable: around.variable, names: around.variables };
+        let further = proxy::variables(&env)?;
+        let value = |name: &str| {
+            let stated = (around.variable)(name);
+            let of_config = || further.iter().find(|(key, _)| key == name);
+            stated.or_else(|| of_config().map(|(_, value)| value.clone()))
+        };
+        let names: Vec<OsString> =
+            around.variables.iter().chain(further.iter().map(|(name, _)| name)).cloned().collect();
+        let env = Environment { variable: &value, names: &names };
         env.refuse_unsupported()?;
+        let file = mesh_file(&env, flags.config)?;
+        let alone = file.is_some();
+        let stated = stated(&env)?;
+        let cluster = stated.cluster_id.clone().unwrap_or_else(|| DEFAULT_CLUSTER.into());
+        let xds = plane::xds(&env, alone, &cluster)?;
+        if file.is_none() && xds.is_none() {
+            return Err(ConfigError::Missing {
+                setting: "CULVERT_CONFIG, --config or XDS_ADDRESS",
+                what: "where the mesh comes from: a mesh file, or a control plane",
+            });
+        }
+        let (cni, dns) = (plane::cni(&env, alone), plane::dns(&env, alone)?);
+        if dns.is_some() && xds.as_ref().is_some_and(|xds| xds.on_demand) {
+            return Err(ConfigError::Contradiction {
+                setting: Named("XDS_ON_DEMAND".to_owned()),
+                other: Named("ISTIO_META_DNS_CAPTURE".to_owned()),
+                why: "the DNS proxy answers for names that it must know in advance".to_owned(),
+            });
+        }
         let node = env.flag_or("--node", flags.node, "NODE_NAME")?;
+        let redirect = plane::redirect(&env, cni.is_some())?;
         let cgroup = env.path(flags.cgroup, "CULVERT_CGROUP").or_else(|| around.cgroup2.clone());
+        // Where packet rules redirect, nothing is attached, and a container may see none.
+        let unused = (redirect == Redirect::Cni).then(|| PathBuf::from(CGROUP_FS));
         let pin_path = env.path(flags.pin_path, "CULVERT_PIN_PATH");
         let state_dir = env.path(flags.state_dir, "CULVERT_STATE_DIR");
         Ok(Config {
-            file: mesh_file(&env, flags.config)?,
+            xds,
+            ca: plane::ca(&env, alone, &cluster)?,
+            redirect,
+            dns,
+            crl: env.path(None, "CRL_PATH"),
+            trust_domain_aliases: trust_domain_aliases(&env)?,
+            pod: plane::pod(&env)?,
+            localhost_app_tunnel: env.parse("LOCALHOST_APP_TUNNEL", switch)?.unwrap_or(true),
+            packet_mark: plane::packet_mark(&env)?,
+            port_reuse: env.parse("INPOD_PORT_REUSE", switch)?.unwrap_or(true),
+            ipv6: env.parse("IPV6_ENABLED", switch)?.unwrap_or(true),
+            cni,
+            file,
             node: node.map(|node| node.value.into()).ok_or(ConfigError::Missing {
                 setting: "NODE_NAME or --node",
                 what: "the name of this node, as the workloads' `node` field has it",
             })?,
             state_dir: state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
             pin_path: pin_path.unwrap_or_else(|| DEFAULT_PIN_PATH.into()),
-            cgroup: cgroup.ok_or(ConfigError::Missing {
+            cgroup: cgroup.or(unused).ok_or(ConfigError::Missing {
                 setting: "CULVERT_CGROUP or --cgroup",
                 what: "no cgroup2 file system is mounted; mount one, or name the directory",
             })?,
@@ -89,86 +140,18 @@ impl Config {
                 Some(version) => version.into(),
                 None => "unknown".into(),
             },
-            stated: stated(&env)?,
+            stated,
         })
     }
 }
-
-/// A value and how the operator named it.
-struct Setting {
-    name: Named,
-    value: String,
-}
-
-impl Setting {
-    fn invalid(&self, why: impl Into<String>) -> ConfigError {
-        ConfigError::Invalid {
-            setting: self.name.clone(),
-            value: self.value.clone(),
-            why: why.into(),
-        }
-    }
-}
-
-struct Environment<'a>(&'a dyn Fn(&str) -> Option<OsString>);
 
 impl Environment<'_> {
-    /// An empty variable is one that is not set, as deployments that template them need it.
-    fn raw(&self, name: &str) -> Option<OsString> {
-        (self.0)(name).filter(|value| !value.is_empty())
-    }
-
-    fn text(&self, name: &str) -> Result<Option<String>, ConfigError> {
-        let Some(raw) = self.raw(name) else { return Ok(None) };
-        raw.into_string().map(Some).map_err(|raw| ConfigError::Invalid {
-            setting: Named(name.to_owned()),
-            value: raw.to_string_lossy().into_owned(),
-            why: "is not UTF-8".to_owned(),
-        })
-    }
-
-    fn setting(&self, name: &str) -> Result<Option<Setting>, ConfigError> {
-        let value = self.text(name)?;
-        Ok(value.map(|value| Setting { name: Named(name.to_owned()), value }))
-    }
-
-    fn flag_or(
-        &self,
-        flag: &str,
-        given: Option<String>,
-        variable: &str,
-    ) -> Result<Option<Setting>, ConfigError> {
-        match given {
-            Some(value) => {
-                let setting = Setting { name: Named(flag.to_owned()), value };
-                if setting.value.is_empty() {
-                    return Err(setting.invalid("is empty"));
-                }
-                Ok(Some(setting))
-            }
-            None => self.setting(variable),
-        }
-    }
-
-    fn path(&self, flag: Option<PathBuf>, variable: &str) -> Option<PathBuf> {
-        flag.or_else(|| self.raw(variable).map(PathBuf::from))
-    }
-
-    fn parse<T>(
-        &self,
-        name: &str,
-        parse: impl Fn(&str) -> Result<T, String>,
-    ) -> Result<Option<T>, ConfigError> {
-        let Some(setting) = self.setting(name)? else { return Ok(None) };
-        parse(&setting.value).map(Some).map_err(|why| setting.invalid(why))
-    }
-
     /// What would be obeyed by ztunnel and would silently not hold here.
     fn refuse_unsupported(&self) -> Result<(), ConfigError> {
         for (setting, why) in [
             ("LOCAL_XDS", "put the text into a file and name it with CULVERT_CONFIG"),
-            ("XDS_ADDRESS", "the mesh comes from a file; leave it empty"),
-            ("CA_ADDRESS", "certificates come from the embedded CA; leave it empty"),
+            ("FAKE_CA", "leave CA_ADDRESS empty for the embedded CA"),
+            ("UNSTABLE_ENABLE_SOCKS5", "there is no SOCKS proxy"),
         ] {
             if self.raw(setting).is_some() {
                 return Err(ConfigError::Unsupported { setting, why });
@@ -184,9 +167,9 @@ impl Environment<'_> {
     }
 }
 
-fn mesh_file(env: &Environment, flag: Option<PathBuf>) -> Result<PathBuf, ConfigError> {
+fn mesh_file(env: &Environment, flag: Option<PathBuf>) -> Result<Option<PathBuf>, ConfigError> {
     if let Some(path) = flag {
-        return Ok(path);
+        return Ok(Some(path));
     }
     match (env.raw("CULVERT_CONFIG"), env.raw("LOCAL_XDS_PATH")) {
         (Some(ours), Some(theirs)) if ours != theirs => Err(ConfigError::Contradiction {
@@ -194,11 +177,8 @@ fn mesh_file(env: &Environment, flag: Option<PathBuf>) -> Result<PathBuf, Config
             other: Named("LOCAL_XDS_PATH".to_owned()),
             why: "they name two files".to_owned(),
         }),
-        (Some(path), _) | (None, Some(path)) => Ok(path.into()),
-        (None, None) => Err(ConfigError::Missing {
-            setting: "CULVERT_CONFIG or --config",
-            what: "the mesh file",
-        }),
+        (Some(path), _) | (None, Some(path)) => Ok(Some(path.into())),
+        (None, None) => Ok(None),
     }
 }
 
@@ -285,6 +265,12 @@ fn worker_threads(
     env: &Environment,
     processors: NonZeroUsize,
 ) -> Result<NonZeroUsize, ConfigError> {
+    // Kubernetes tells a container with a share of the processors how many it may count on.
+    let cores = |name| env.parse(name, |text| number::<usize>(text, 0, MAX_THREADS as u64));
+    let processors = cores("ZTUNNEL_CPU_LIMIT")?.and_then(NonZeroUsize::new).unwrap_or(processors);
+    let request = cores("ZTUNNEL_RESOURCE_CPU_REQUEST")?.unwrap_or(0);
+    let limit = cores("ZTUNNEL_RESOURCE_CPU_LIMIT")?.map(|limit| limit.max(request));
+    let default = limit.and_then(NonZeroUsize::new).unwrap_or(processors);
     let threads = |text: &str| -> Result<NonZeroUsize, String> {
         let count = match text.strip_suffix('%') {
             None => text.parse::<usize>().map_err(|_| "is neither a number nor a percentage")?,
@@ -307,7 +293,7 @@ fn worker_threads(
             why: format!("{ours} is not {theirs}"),
         }),
         (Some(count), _) | (None, Some(count)) => Ok(count),
-        (None, None) => Ok(processors),
+        (None, None) => Ok(default),
     }
 }
 
@@ -421,20 +407,13 @@ fn stated(env: &Environment) -> Result<StatedMesh, ConfigError> {
     Ok(StatedMesh { trust_domain, network: text("NETWORK")?, cluster_id: cluster_id.or(meta) })
 }
 
-fn switch(text: &str) -> Result<bool, String> {
-    text.parse().map_err(|_| "is neither true nor false".to_owned())
-}
-
-/// A bare number counts seconds.
-fn duration(text: &str) -> Result<Duration, String> {
-    if let Ok(seconds) = text.parse() {
-        return Ok(Duration::from_secs(seconds));
-    }
-    humantime::parse_duration(text).map_err(|error| format!("is not a duration, as 90s: {error}"))
-}
-
-fn number<T: TryFrom<u64>>(text: &str, least: u64, most: u64) -> Result<T, String> {
-    let number = text.parse().ok().filter(|number| (least..=most).contains(number));
-    let number = number.and_then(|number: u64| T::try_from(number).ok());
-    number.ok_or_else(|| format!("is not a number between {least} and {most}"))
+fn trust_domain_aliases(env: &Environment) -> Result<Vec<Arc<str>>, ConfigError> {
+    let aliases = env.parse("TRUST_DOMAIN_ALIASES", |text| {
+        let aliases = text.split(',').map(str::trim);
+        match aliases.clone().find(|alias| alias.is_empty() || alias.contains('/')) {
+            Some(alias) => Err(format!("{alias:?} is not a trust domain")),
+            None => Ok(aliases.map(Arc::<str>::from).collect()),
+        }
+    })?;
+    Ok(aliases.unwrap_or_default())
 }

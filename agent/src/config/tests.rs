@@ -6,17 +6,24 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Config, ConfigError, Flags, LogFormat, StatedMesh, Surroundings, find_cgroup2};
+use super::{
+    Config, ConfigError, Flags, LogFormat, Redirect, Roots, StatedMesh, Surroundings, Token,
+    find_cgroup2,
+};
+
+mod plane;
 
 const NEEDED: [(&str, &str); 2] = [("CULVERT_CONFIG", "/etc/mesh.yaml"), ("NODE_NAME", "node-a")];
 
 fn read(flags: Flags, variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
     let variables: HashMap<&str, &str> = variables.iter().copied().collect();
     let variable = |name: &str| variables.get(name).map(OsString::from);
+    let names: Vec<OsString> = variables.keys().map(OsString::from).collect();
     Config::new(
         flags,
         &Surroundings {
             variable: &variable,
+            variables: &names,
             processors: NonZeroUsize::new(8).unwrap(),
             cgroup2: Some("/sys/fs/cgroup".into()),
         },
@@ -39,7 +46,7 @@ fn refused(variables: &[(&str, &str)], names: &[&str]) {
 #[test]
 fn bare_minimum_has_ztunnels_defaults() {
     let config = with(&[]).unwrap();
-    assert_eq!(config.file, Path::new("/etc/mesh.yaml"));
+    assert_eq!(config.file.as_deref(), Some(Path::new("/etc/mesh.yaml")));
     assert_eq!(&*config.node, "node-a");
     assert_eq!(config.state_dir, Path::new("/var/lib/culvert"));
     assert_eq!(config.pin_path, Path::new("/sys/fs/bpf/culvert"));
@@ -76,7 +83,7 @@ fn flags_win_over_variables() {
     };
     let variables = [&NEEDED[..], &[("ADMIN_ADDR", "127.0.0.1:2"), ("RUST_LOG", "warn")]].concat();
     let config = read(flags, &variables).unwrap();
-    assert_eq!(config.file, Path::new("/flag.yaml"));
+    assert_eq!(config.file.as_deref(), Some(Path::new("/flag.yaml")));
     assert_eq!(&*config.node, "node-b");
     assert_eq!(config.servers.admin.to_string(), "127.0.0.1:1");
     assert_eq!(config.log.directives, "debug");
@@ -86,10 +93,19 @@ fn flags_win_over_variables() {
 fn missing_settings_are_named() {
     let missing = |variables: &[(&str, &str)]| read(Flags::default(), variables).unwrap_err();
     assert!(missing(&NEEDED[..1]).to_string().starts_with("NODE_NAME or --node is missing"));
-    assert!(missing(&NEEDED[1..]).to_string().starts_with("CULVERT_CONFIG or --config is missing"));
+    assert!(
+        missing(&NEEDED[1..])
+            .to_string()
+            .starts_with("CULVERT_CONFIG, --config or XDS_ADDRESS is missing")
+    );
     let none = |_: &str| None;
     let flags = Flags { config: Some("/a".into()), node: Some("n".into()), ..Flags::default() };
-    let around = Surroundings { variable: &none, processors: NonZeroUsize::MIN, cgroup2: None };
+    let around = Surroundings {
+        variable: &none,
+        variables: &[],
+        processors: NonZeroUsize::MIN,
+        cgroup2: None,
+    };
     let error = Config::new(flags, &around).unwrap_err().to_string();
     assert!(error.starts_with("CULVERT_CGROUP or --cgroup is missing"), "{error}");
 }
@@ -98,14 +114,14 @@ fn missing_settings_are_named() {
 fn ztunnels_file_variable_is_taken_and_must_agree() {
     let node = NEEDED[1];
     let config = read(Flags::default(), &[node, ("LOCAL_XDS_PATH", "/l.yaml")]).unwrap();
-    assert_eq!(config.file, Path::new("/l.yaml"));
+    assert_eq!(config.file.as_deref(), Some(Path::new("/l.yaml")));
     with(&[("LOCAL_XDS_PATH", "/etc/mesh.yaml")]).unwrap();
     refused(&[("LOCAL_XDS_PATH", "/l.yaml")], &["CULVERT_CONFIG", "LOCAL_XDS_PATH"]);
 }
 
 #[test]
 fn what_would_silently_not_hold_is_refused() {
-    for name in ["LOCAL_XDS", "XDS_ADDRESS", "CA_ADDRESS", "PROXY_MODE"] {
+    for name in ["LOCAL_XDS", "FAKE_CA", "UNSTABLE_ENABLE_SOCKS5", "PROXY_MODE"] {
         refused(&[(name, "x")], &[name, "is not supported"]);
         with(&[(name, "")]).unwrap();
     }

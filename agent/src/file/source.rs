@@ -14,13 +14,13 @@ use super::error::FileError;
 use super::mesh::{Invalid, Mesh, diff};
 use super::place::find;
 use super::section::{CulvertSection, fixed_at_start};
-use super::watch::{DirectoryWatch, Fingerprint};
+use crate::watch::{DirectoryWatch, Fingerprint};
 
 /// The largest file that is read, in bytes.
 pub const MAX_BYTES: u64 = 512 << 20;
 
 /// What one good version of the file brings.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct MeshFile {
     /// From the last good version to this one; from nothing, for the first.
     pub changes: Vec<Change>,

@@ -76,6 +76,7 @@ fn record(socket: &PacketSocket, stop: &AtomicBool) -> Result<Ledger> {
             break;
         }
     }
+    ledger.close();
     ledger.dropped = socket.dropped().context("asking for lost packets")?;
     Ok(ledger)
 }

@@ -83,17 +83,26 @@ fn run_names_flags_variables_and_defaults() {
 fn run_reads_flags_and_environment() {
     let command = parse("run --config /m.yaml --cgroup /cg --admin 127.0.0.1:0").unwrap();
     let task =
-        prepare(command, &environment(&[("NODE_NAME", "a"), ("CULVERT_WORKER_THREADS", "3")]));
+        prepare(command, &environment(&[("NODE_NAME", "a"), ("CULVERT_WORKER_THREADS", "3")]), &[]);
     let task = task.unwrap();
     assert_eq!(task.threads().get(), 3);
     let What::Run(config) = task.0 else { panic!("another task") };
     assert_eq!(&*config.node, "a");
     assert_eq!(config.servers.admin.port(), 0);
 
-    let Err(error) = prepare(parse("run --node a").unwrap(), &environment(&[])) else {
+    let Err(error) = prepare(parse("run --node a").unwrap(), &environment(&[]), &[]) else {
         panic!("a task without a file")
     };
-    assert!(error.to_string().starts_with("CULVERT_CONFIG or --config is missing"), "{error}");
+    assert!(
+        error.to_string().starts_with("CULVERT_CONFIG, --config or XDS_ADDRESS is missing"),
+        "{error}"
+    );
+}
+
+#[test]
+fn istios_chart_starts_the_agent_too() {
+    assert!(matches!(parse("proxy ztunnel"), Ok(Command::Run(_))));
+    assert!(parse("proxy sidecar").is_err());
 }
 
 #[test]
@@ -101,6 +110,7 @@ fn detach_needs_nothing_but_pins() {
     let path = |line: &str, variables: &[(&str, &str)]| match prepare(
         parse(line).unwrap(),
         &environment(variables),
+        &[],
     )
     .unwrap()
     .0
@@ -152,7 +162,7 @@ fn every_list_takes_output_and_admin() {
 #[test]
 fn admin_address_that_cannot_be_is_named() {
     let look = |line: &str, variables: &[(&str, &str)]| {
-        prepare(parse(line).unwrap(), &environment(variables)).map(|_| ())
+        prepare(parse(line).unwrap(), &environment(variables), &[]).map(|_| ())
     };
     let error = look("status --admin nowhere", &[]).unwrap_err().to_string();
     assert!(error.starts_with("--admin: \"nowhere\""), "{error}");

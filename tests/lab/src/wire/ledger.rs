@@ -45,15 +45,40 @@ pub struct Clear {
     pub sample: Vec<u8>,
 }
 
+impl Clear {
+    fn note(&mut self, payload: &[u8]) {
+        self.segments += 1;
+        self.bytes += payload.len() as u64;
+        if self.sample.is_empty() {
+            self.sample = payload.iter().copied().take(32).collect();
+        }
+    }
+}
+
+/// How much of one direction is held back while a packet before it has not been seen. Packets of
+/// two processors may be seen in another order than they were sent.
+const HELD_BYTES: usize = 4 << 20;
+
 /// One direction of a connection to or from the HBONE port.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Stream {
-    next: u32,
+    /// The sequence numbers of the first byte and of the one that comes next; `None` before the
+    /// SYN was seen.
+    place: Option<Place>,
+    /// Segments that came before their turn, and their bytes in all.
+    held: Vec<(u32, Vec<u8>)>,
+    held_bytes: usize,
     /// Bytes left of the TLS record that is passing by.
     left: usize,
     /// The beginning of a record header that was cut by a segment's end.
     header: Vec<u8>,
     lost: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    first: u32,
+    next: u32,
 }
 
 impl Ledger {
@@ -81,67 +106,90 @@ impl Ledger {
         if tunnel {
             self.tunnel(segment);
         } else if !segment.payload.is_empty() {
-            self.in_clear(segment, segment.payload);
+            let port = segment.from.port().min(segment.to.port());
+            self.clear.entry(port).or_default().note(segment.payload);
         }
     }
 
-    fn in_clear(&mut self, segment: &Segment<'_>, payload: &[u8]) {
-        let port = segment.from.port().min(segment.to.port());
-        let clear = self.clear.entry(port).or_default();
-        clear.segments += 1;
-        clear.bytes += payload.len() as u64;
-        if clear.sample.is_empty() {
-            clear.sample = payload.iter().copied().take(32).collect();
+    /// Ends the account: what still waits for a packet before it will not be checked any more.
+    pub fn close(&mut self) {
+        for stream in self.streams.values_mut() {
+            let given_up = stream.give_up();
+            self.tunnel_bytes += given_up;
+            self.unchecked_bytes += given_up;
         }
     }
 
     fn tunnel(&mut self, segment: &Segment<'_>) {
-        let key = (segment.from, segment.to);
+        let stream = self.streams.entry((segment.from, segment.to)).or_default();
+        let mut given_up = 0;
         if segment.syn {
-            let next = segment.sequence.wrapping_add(1);
-            self.streams.insert(key, Stream { next, left: 0, header: Vec::new(), lost: false });
-            return;
+            let first = segment.sequence.wrapping_add(1);
+            match stream.place {
+                Some(place) if place.first == first => {}
+                Some(_) => {
+                    given_up = stream.give_up();
+                    *stream = Stream::at(first);
+                }
+                None => stream.place = Some(Place { first, next: first }),
+            }
+        } else if !segment.payload.is_empty() {
+            stream.held_bytes += segment.payload.len();
+            stream.held.push((segment.sequence, segment.payload.to_vec()));
         }
-        if segment.payload.is_empty() {
-            return;
-        }
-        // A stream whose beginning was not seen cannot be cut into records.
-        let unseen = Stream { next: segment.sequence, left: 0, header: Vec::new(), lost: true };
-        let stream = self.streams.entry(key).or_insert(unseen);
-        let fresh = stream.fresh(segment);
-        self.tunnel_bytes += fresh.len() as u64;
-        if stream.lost {
-            self.unchecked_bytes += fresh.len() as u64;
-            return;
-        }
-        match stream.walk(fresh) {
-            Ok(records) => self.tls_records += records,
-            Err(NotTls) => {
-                stream.lost = true;
-                self.in_clear(segment, fresh);
+        while let Some(fresh) = stream.due() {
+            self.tunnel_bytes += fresh.len() as u64;
+            if stream.lost {
+                self.unchecked_bytes += fresh.len() as u64;
+                continue;
+            }
+            match stream.walk(&fresh) {
+                Ok(records) => self.tls_records += records,
+                Err(NotTls) => {
+                    stream.lost = true;
+                    let port = segment.from.port().min(segment.to.port());
+                    self.clear.entry(port).or_default().note(&fresh);
+                }
             }
         }
+        if stream.held_bytes > HELD_BYTES {
+            given_up += stream.give_up();
+        }
+        self.tunnel_bytes += given_up;
+        self.unchecked_bytes += given_up;
     }
 }
 
 struct NotTls;
 
 impl Stream {
-    /// The part of a segment that has not passed by before. A gap makes the stream a lost one.
-    fn fresh<'p>(&mut self, segment: &Segment<'p>) -> &'p [u8] {
-        let ahead = segment.sequence.wrapping_sub(self.next) as i32;
-        let old = if ahead > 0 {
+    fn at(first: u32) -> Self {
+        Self { place: Some(Place { first, next: first }), ..Self::default() }
+    }
+
+    /// The bytes whose turn it is, without those that have passed by before.
+    fn due(&mut self) -> Option<Vec<u8>> {
+        let place = self.place.as_mut()?;
+        let early = |sequence: u32| sequence.wrapping_sub(place.next) as i32;
+        let index = self.held.iter().position(|(sequence, _)| early(*sequence) <= 0)?;
+        let (sequence, bytes) = self.held.swap_remove(index);
+        self.held_bytes -= bytes.len();
+        let old = early(sequence).unsigned_abs() as usize;
+        let fresh = bytes.get(old..).unwrap_or_default().to_vec();
+        place.next = place.next.wrapping_add(fresh.len() as u32);
+        Some(fresh)
+    }
+
+    /// Goes on behind what was missed; gives how much cannot be checked.
+    fn give_up(&mut self) -> u64 {
+        let bytes = std::mem::take(&mut self.held_bytes) as u64;
+        if let Some((sequence, last)) = std::mem::take(&mut self.held).last() {
+            let end = sequence.wrapping_add(last.len() as u32);
             self.lost = true;
-            0
-        } else {
-            ahead.unsigned_abs() as usize
-        };
-        let fresh = segment.payload.get(old..).unwrap_or_default();
-        if !fresh.is_empty() {
-            let end = segment.sequence.wrapping_add(segment.payload.len() as u32);
-            self.next = end;
+            let first = self.place.map_or(end, |place| place.first);
+            self.place = Some(Place { first, next: end });
         }
-        fresh
+        bytes
     }
 
     /// Follows record headers (RFC 8446 section 5.1) through `bytes`; gives the records ended.

@@ -35,6 +35,28 @@ fn records_are_followed_across_segments() {
 }
 
 #[test]
+fn packets_seen_in_another_order_are_put_in_theirs() {
+    let mut ledger = Ledger::default();
+    ledger.note(&packet(40000, HBONE_PORT, 107, ACK, &[b'c', b'd', 23, 3]));
+    ledger.note(&packet(40000, HBONE_PORT, 111, ACK, &[3, 0, 1, b'x']));
+    ledger.note(&packet(40000, HBONE_PORT, 99, SYN, &[]));
+    ledger.note(&packet(40000, HBONE_PORT, 100, ACK, &[22, 3, 1, 0, 4, b'a', b'b']));
+    ledger.close();
+    assert!(ledger.only_tls(), "{ledger}");
+    assert_eq!((ledger.tls_records, ledger.tunnel_bytes, ledger.unchecked_bytes), (2, 15, 0));
+}
+
+#[test]
+fn streams_without_their_beginning_are_not_held_for_ever() {
+    let mut ledger = Ledger::default();
+    for n in 0..100u32 {
+        ledger.note(&packet(40000, HBONE_PORT, n * 60_000, ACK, &[7; 60_000]));
+    }
+    ledger.close();
+    assert_eq!(ledger.unchecked_bytes, 6_000_000);
+}
+
+#[test]
 fn a_retransmission_counts_once() {
     let mut ledger = opened();
     let first = packet(40000, HBONE_PORT, 100, ACK, &[22, 3, 1, 0, 1, b'a']);
@@ -82,6 +104,7 @@ fn payload_on_another_port_is_reported_by_the_servers_port() {
 fn bytes_after_a_gap_are_told_as_unchecked() {
     let mut ledger = opened();
     ledger.note(&packet(40000, HBONE_PORT, 200, ACK, &[1, 2, 3]));
+    ledger.close();
     assert_eq!(ledger.unchecked_bytes, 3);
     assert!(!ledger.only_tls());
 }
