@@ -16,6 +16,7 @@ mod check;
 mod demo;
 mod e2e;
 mod image;
+mod kind;
 mod test;
 
 /// Culvert's developer commands.
@@ -35,6 +36,7 @@ enum Command {
     Bench(bench::Arguments),
     E2e(Box<e2e::Arguments>),
     Image(image::Arguments),
+    Kind(kind::Arguments),
     #[command(hide = true)]
     BenchServer(bench::server::Arguments),
     #[command(hide = true)]
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::E2e(arguments) => e2e::run(&arguments),
         Command::Image(arguments) => image::run(&arguments),
+        Command::Kind(arguments) => kind::run(&arguments),
         Command::BenchServer(arguments) => bench::server::run(&arguments),
         Command::BenchLoad(arguments) => bench::load::run(&arguments),
     };
