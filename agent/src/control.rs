@@ -52,6 +52,11 @@ impl Control {
         }
     }
 
+    /// How many addresses there are.
+    pub fn addresses(&self) -> usize {
+        self.addresses.len()
+    }
+
     /// Connects to the first address that can be connected to, in their order.
     pub async fn connect(&self) -> Result<ControlChannel, ControlError> {
         self.try_all(0).await

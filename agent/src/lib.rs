@@ -21,6 +21,7 @@ pub mod pods;
 pub mod session;
 
 pub mod dial;
+pub mod dns;
 pub mod hbone;
 pub mod relay;
 
@@ -30,6 +31,8 @@ pub mod tls;
 pub mod control;
 pub mod file;
 pub mod watch;
+pub mod xds;
+pub mod zds;
 
 pub mod admin;
 pub mod connections;

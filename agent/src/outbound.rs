@@ -12,7 +12,7 @@ use rand::{RngExt, SeedableRng};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::accept::{accept_until, reset, tune};
-use crate::decide::decide;
+use crate::decide::decide_for;
 use crate::drain::DrainWatch;
 use crate::node::Node;
 use crate::pods::Pod;
@@ -32,7 +32,7 @@ pub async fn serve(node: Arc<Node>, pod: Arc<Pod>, listener: TcpListener, drain:
         }
     };
     accept_until(&listener, end, |client, peer| {
-        let (node, pod, drain) = (node.clone(), pod.clone(), drain.clone());
+        let (node, pod, drain) = (node.clone(), node.successor(&pod), drain.clone());
         tokio::spawn(async move { carry(&node, &pod, client, peer, drain).await });
     })
     .await;
@@ -65,9 +65,8 @@ async fn carry(
     };
     tune(&tcp, node.keepalive);
     let own = tcp.local_addr().unwrap_or(peer);
-    let original = match node.capture.original_dst(&tcp) {
-        Ok(Some(original)) => original,
-        Ok(None) => return failed(tcp, peer, own, &"no original destination"),
+    let original = match node.capture.outbound_dst(&tcp) {
+        Ok(original) => original,
         Err(error) => return failed(tcp, peer, own, &error),
     };
     let source = match node.workload_of(pod).await {
@@ -78,8 +77,9 @@ async fn carry(
     // One seed for all rounds of the decision, so that it draws the endpoint that it asked about.
     let seed = rand::rng().random();
     let request = Outbound { source: &source, client: client.ip(), destination: original };
-    let decided =
-        decide(node, |view| route::route(view, &request, &mut SmallRng::seed_from_u64(seed)));
+    let decided = decide_for(node, &source, |view| {
+        route::route(view, &request, &mut SmallRng::seed_from_u64(seed))
+    });
     let routed = match decided.await {
         Ok(routed) => routed,
         Err(error) => return failed(tcp, client.addr(), original.addr(), &error),

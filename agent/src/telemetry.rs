@@ -4,6 +4,7 @@
 
 mod access;
 mod context;
+mod dns;
 mod encode;
 mod labels;
 pub mod logging;
@@ -11,6 +12,7 @@ mod open;
 mod process;
 mod readings;
 mod series;
+mod xds;
 
 use std::fmt;
 use std::fmt::Display;
@@ -30,9 +32,11 @@ use tokio::runtime::Handle;
 pub use context::{
     Baggage, ConnectionContext, Denial, DenialReason, Failure, Reporter, ResponseFlag,
 };
+pub use dns::{DnsMetrics, DnsSource};
 pub use open::OpenConnection;
 pub use readings::{CertificateReading, KernelReading, SourceReading, TunnelReading};
 pub use series::ByteCounters;
+pub use xds::{Termination, XdsMetrics, XdsReading};
 
 use encode::BoundedCounters;
 use labels::OnDemandDnsLabels;
@@ -57,10 +61,12 @@ struct Inner {
     denied: Arc<BoundedCounters<DenialLabels>>,
     dry_run: Arc<BoundedCounters<DryRunEvaluation>>,
     on_demand_dns: Arc<BoundedCounters<OnDemandDnsLabels>>,
+    dns: DnsMetrics,
     rejudged: Counter,
     crl_rejected: Family<[(&'static str, &'static str); 1], Counter>,
     crl_untracked: Family<[(&'static str, &'static str); 1], Counter>,
     pods: PodMetrics,
+    xds: XdsMetrics,
 }
 
 /// The pods that are enrolled on this node, as `workload_manager_*`.
@@ -115,10 +121,12 @@ impl Telemetry {
                     OnDemandDnsLabels::overflow(),
                 ),
             ),
+            dns: DnsMetrics::new(&mut registry),
             rejudged: Counter::default(),
             crl_rejected: Family::default(),
             crl_untracked: Family::default(),
             pods: PodMetrics::default(),
+            xds: XdsMetrics::default(),
             registry: Mutex::default(),
         };
         inner.register_counters(&mut registry);
@@ -156,12 +164,17 @@ impl Telemetry {
 
     /// Counts a destination that had to be looked up by DNS for `source`.
     pub fn on_demand_dns(&self, source: &Workload, hostname: &Arc<str>) {
-        self.0.on_demand_dns.increase(OnDemandDnsLabels::of(source, hostname));
+        self.0.on_demand_dns.increase(&OnDemandDnsLabels::of(source, hostname));
+    }
+
+    /// Counts questions that pods ask DNS servers.
+    pub fn dns(&self) -> &DnsMetrics {
+        &self.0.dns
     }
 
     /// Counts the evaluation of a policy that is in dry run.
     pub fn dry_run(&self, evaluation: DryRunEvaluation) {
-        self.0.dry_run.increase(evaluation);
+        self.0.dry_run.increase(&evaluation);
     }
 
     /// Counts a peer that was refused, or a live connection that was cut off, because the peer's
@@ -177,6 +190,15 @@ impl Telemetry {
 
     pub fn pods(&self) -> &PodMetrics {
         &self.0.pods
+    }
+
+    pub fn xds(&self) -> &XdsMetrics {
+        &self.0.xds
+    }
+
+    /// Adds the workload API's state, read at each scrape.
+    pub fn watch_xds(&self, read: impl Fn() -> XdsReading + Send + Sync + 'static) {
+        self.watch(read);
     }
 
     /// Adds the kernel programs' counts, read at each scrape.
@@ -223,7 +245,7 @@ impl Telemetry {
         if denial.reason == DenialReason::PolicyChange {
             self.0.rejudged.inc();
         }
-        self.0.denied.increase(DenialLabels(denial.clone()));
+        self.0.denied.increase(&DenialLabels(denial.clone()));
     }
 }
 
@@ -255,6 +277,7 @@ impl Inner {
             "Connections that no later revocation can reach",
             self.crl_untracked.clone(),
         );
+        self.xds.register(registry);
         let pods = &self.pods;
         let prefix = "workload_manager";
         for (name, help, gauge) in [

@@ -33,6 +33,11 @@ pub struct PodSpec {
     pub exclude_outbound_cidrs: Vec<IpNet>,
     /// Connections to these ports reach the pod as if it were not enrolled.
     pub exclude_inbound_ports: Vec<u16>,
+    /// What the pod asks DNS servers outside of it is led to the agent.
+    pub capture_dns: bool,
+    /// istio-cni has put its rules into the pod: what they lead to the agent's ports is captured, and
+    /// what comes from their address for the node's own connections is not.
+    pub beside_cni: bool,
 }
 
 /// Which way an excluded port counts.
@@ -52,8 +57,11 @@ pub struct PodEntry {
     pub excludes_outbound_ports: bool,
     pub excludes_inbound_ports: bool,
     pub excludes_cidrs: bool,
+    pub captures_dns: bool,
     /// Its new connections go their plain way already.
     pub leaving: bool,
+    /// istio-cni's rules are in the pod too.
+    pub beside_cni: bool,
 }
 
 /// The contents of the kernel's tables.
@@ -98,7 +106,9 @@ impl Tables {
             excludes_outbound_ports: !spec.exclude_outbound_ports.is_empty(),
             excludes_inbound_ports: !spec.exclude_inbound_ports.is_empty(),
             excludes_cidrs: !spec.exclude_outbound_cidrs.is_empty(),
+            captures_dns: spec.capture_dns,
             leaving: false,
+            beside_cni: spec.beside_cni,
         };
         self.pods.insert(cookie, entry);
         self.addresses.extend(addresses.into_iter().map(|ip| (ip, cookie)));

@@ -7,19 +7,34 @@
 
 #![no_std]
 
-/// Version of the layouts in this crate; kept in [`ABI_MAP`].
-pub const ABI_VERSION: u32 = 1;
+use core::net::{Ipv4Addr, Ipv6Addr};
 
-/// Socket mark of the agent's connections towards an application over `lo`: a routing rule of the
-/// pod sends what carries it to the local table, so that replies to a kept client address come back.
-pub const APPLICATION_MARK: u32 = 0x111;
-/// Bits of the mark that the routing rule compares.
-pub const APPLICATION_MARK_MASK: u32 = 0xfff;
-/// Socket mark of the agent's connections out of a pod. It only tells operators whose packets they
-/// see: what exempts them from capture is [`SocketRole::Exempt`], which a pod cannot set.
+/// Version of the layouts in this crate; kept in [`ABI_MAP`].
+pub const ABI_VERSION: u32 = 2;
+
+/// Socket mark of the agent's connections out of a pod (`PACKET_MARK`). The rules that istio-cni puts
+/// into a pod let pass what carries it in its low 12 bits. Our own programs do not look at it: what
+/// exempts a socket from capture there is [`SocketRole::Exempt`], which a pod cannot set.
 pub const OUTBOUND_MARK: u32 = 0x539;
-/// The routing table of a pod that makes every address local to `lo`.
-pub const LOCAL_TABLE: u32 = 100;
+/// Bits of a mark that istio-cni's rules compare.
+pub const OUTBOUND_MARK_MASK: u32 = 0xfff;
+/// What a mark towards an application over `lo` has beside the bits of [`OUTBOUND_MARK`]: a routing
+/// rule of the pod sends what carries it to the local table, so that replies to a kept client
+/// address come back.
+pub const APPLICATION_BIT: u32 = 0x1000;
+/// Socket mark of the agent's connections towards an application over `lo`.
+pub const APPLICATION_MARK: u32 = OUTBOUND_MARK | APPLICATION_BIT;
+/// Bits of the mark that our routing rule compares.
+pub const APPLICATION_MARK_MASK: u32 = 0xffff;
+/// The routing table of a pod that makes every address local to `lo`. It is not istio-cni's table
+/// 100, which goes when that takes the pod out of the mesh while connections still need the way.
+pub const LOCAL_TABLE: u32 = 15008;
+
+/// The addresses from which processes of the node reach a pod that istio-cni enrolled
+/// (`HOST_PROBE_SNAT_IP`, `HOST_PROBE_SNAT_IPV6`).
+pub const NODE_PROBE_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
+pub const NODE_PROBE_V6: Ipv6Addr =
+    Ipv6Addr::new(0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff);
 
 /// Port of the agent's listener for captured outbound connections, in each pod.
 pub const OUTBOUND_PORT: u16 = 15001;
@@ -27,6 +42,10 @@ pub const OUTBOUND_PORT: u16 = 15001;
 pub const PLAINTEXT_PORT: u16 = 15006;
 /// Port of the agent's HBONE listener, in each pod.
 pub const HBONE_PORT: u16 = 15008;
+/// Port of the agent's DNS listeners, UDP and TCP, in each pod.
+pub const DNS_PORT: u16 = 15053;
+/// The port of DNS servers (RFC 1035 section 4.2), which are asked through the agent.
+pub const RESOLVER_PORT: u16 = 53;
 
 /// Most connections that one pod may have between SYN and accept; further ones are refused.
 pub const MAX_FLOWS_PER_POD: usize = 4096;
@@ -57,13 +76,17 @@ pub const LISTENERS_MAP: &str = "cv_listeners";
 pub const COUNTS_MAP: &str = "cv_counts";
 
 /// The attachments to the cgroup, by program name.
-pub const CGROUP_PROGRAMS: [&str; 7] = [
+pub const CGROUP_PROGRAMS: [&str; 11] = [
     "cv_connect4",
     "cv_connect6",
+    "cv_sendmsg4",
+    "cv_sendmsg6",
     "cv_getpeername4",
     "cv_getpeername6",
     "cv_getsockname4",
     "cv_getsockname6",
+    "cv_recvmsg4",
+    "cv_recvmsg6",
     "cv_sockops",
 ];
 /// The program attached to each pod's network namespace.
@@ -112,6 +135,11 @@ impl Pod {
     /// The pod is being withdrawn: its new connections go their plain way, and those already on
     /// their way to the agent still arrive.
     pub const LEAVING: u32 = 8;
+    /// What the pod asks DNS servers is led to the agent.
+    pub const CAPTURES_DNS: u32 = 16;
+    /// istio-cni has put its rules into the pod: they may lead connections to the agent's ports, and
+    /// the node's own arrive from [`NODE_PROBE_V4`] and [`NODE_PROBE_V6`].
+    pub const BESIDE_CNI: u32 = 32;
 }
 
 /// A port whose connections one pod keeps to itself.
@@ -186,6 +214,9 @@ pub enum SocketRole {
     Accepted = 2,
     /// A socket of the agent that is never captured. Set through the map by descriptor only.
     Exempt = 3,
+    /// An application's unconnected UDP socket, whose questions were sent to the agent instead of
+    /// `original`: the server that it asked last.
+    Asking = 4,
 }
 
 /// A connection that is on its way to the agent. Its other port is always [`OUTBOUND_PORT`].
@@ -283,6 +314,9 @@ pub struct Counts {
     pub inbound_refused: u64,
     /// Connections of the node that go by the agent because the table of probes is full.
     pub probes_full: u64,
+    /// Taken to the agent's DNS listeners: connections and connected UDP sockets to a DNS server,
+    /// and datagrams that unconnected ones sent to one.
+    pub captured_dns: u64,
 }
 
 const _: () = {
@@ -296,7 +330,7 @@ const _: () = {
     assert!(size_of::<Flow>() == 32);
     assert!(size_of::<Probe>() == 40);
     assert!(size_of::<ListenerKey>() == 16);
-    assert!(size_of::<Counts>() == 14 * 8);
+    assert!(size_of::<Counts>() == 15 * 8);
 };
 
 /// Longer names would be cut off in the kernel.
@@ -327,6 +361,9 @@ const _: () = {
     }
 };
 
+/// Written out as words: sixteen bytes compared as a whole would become a map of a program.
+const NODE_PROBE_V6_WORDS: [u32; 4] = Address { ip: NODE_PROBE_V6.octets() }.words();
+
 impl Address {
     /// No address.
     pub const UNSPECIFIED: Address = Address { ip: [0; 16] };
@@ -341,6 +378,15 @@ impl Address {
     #[inline(always)]
     pub const fn v4(word: u32) -> Self {
         Self::v6([0, 0, 0xffffu32.to_be(), word])
+    }
+
+    /// Whether it is the address that istio-cni lets the node's own connections come from.
+    #[inline(always)]
+    pub const fn is_node_probe(self) -> bool {
+        let [a, b, c, d] = self.words();
+        let [e, f, g, h] = NODE_PROBE_V6_WORDS;
+        let v4 = self.is_v4() && d == u32::from_ne_bytes(NODE_PROBE_V4.octets());
+        v4 || (a == e && b == f && c == g && d == h)
     }
 
     /// The four words in network byte order; the last one is the IPv4 address of a mapped one.
@@ -360,6 +406,13 @@ impl Address {
     pub const fn is_unspecified(self) -> bool {
         let [a, b, c, d] = self.words();
         a == 0 && b == 0 && d == 0 && (c == 0 || c == 0xffffu32.to_be())
+    }
+
+    /// Whether it is only valid on one link (RFC 4291 section 2.5.6).
+    #[inline(always)]
+    pub const fn is_link_local(self) -> bool {
+        let [a, _, _, _] = self.words();
+        u32::from_be(a) >> 22 == 0xfe80 >> 6
     }
 
     #[inline(always)]
