@@ -59,9 +59,15 @@ impl Kubectl {
             .map(drop)
     }
 
-    /// Runs a program in a pod.
+    /// Runs a program in a pod. It may run twice, so that doing so must change nothing.
     pub fn exec(&self, namespace: &str, pod: &str, command: &[&str]) -> Result<String> {
-        self.run(&[&["exec", "-n", namespace, pod, "--"], command].concat())
+        let line = [&["exec", "-n", namespace, pod, "--"], command].concat();
+        match self.run(&line) {
+            // On a busy machine kubectl sometimes gets a program's output before it expects any, and
+            // throws it away.
+            Err(error) if error.to_string().contains("Unknown stream id") => self.run(&line),
+            done => done,
+        }
     }
 
     fn with_input<S: AsRef<str>>(&self, arguments: &[S], input: Option<&str>) -> Result<String> {

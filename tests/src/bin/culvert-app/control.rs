@@ -24,7 +24,14 @@ enum Order {
     Stop { id: String },
 }
 
-type Loads = Arc<Mutex<HashMap<String, Load>>>;
+/// Every order may come twice, and is obeyed once.
+enum Entry {
+    Running(Load),
+    /// With its last report.
+    Ended(Value),
+}
+
+type Loads = Arc<Mutex<HashMap<String, Entry>>>;
 
 /// Takes orders for loads until the process ends.
 pub fn serve() -> Result<()> {
@@ -64,18 +71,28 @@ async fn serve_one(mut stream: UnixStream, loads: &Loads) -> Result<()> {
 async fn obey(order: Order, loads: &Loads) -> Result<Value> {
     let mut loads = loads.lock().await;
     match order {
+        Order::Start { id, .. } | Order::Report { id } if loads.contains_key(&id) => {
+            Ok(match loads.get(&id) {
+                Some(Entry::Running(load)) => load.report(),
+                Some(Entry::Ended(report)) => report.clone(),
+                None => Value::Null,
+            })
+        }
         Order::Start { id, plan } => {
             let load = Load::start(plan).await?;
             let report = load.report();
-            loads.insert(id, load);
+            loads.insert(id, Entry::Running(load));
             Ok(report)
         }
-        Order::Report { id } => {
-            Ok(loads.get(&id).with_context(|| format!("no load is called {id}"))?.report())
-        }
+        Order::Report { id } => bail!("no load is called {id}"),
         Order::Stop { id } => {
-            let load = loads.remove(&id).with_context(|| format!("no load is called {id}"))?;
-            Ok(load.stop().await)
+            let report =
+                match loads.remove(&id).with_context(|| format!("no load is called {id}"))? {
+                    Entry::Running(load) => load.stop().await,
+                    Entry::Ended(report) => report,
+                };
+            loads.insert(id, Entry::Ended(report.clone()));
+            Ok(report)
         }
     }
 }

@@ -100,7 +100,7 @@ fn each(town: &Town, disturb: impl Fn(usize, &Agent) -> Result<()>) -> Result<Ve
         let touched = if town.nodes[0] == town.nodes[1] { vec![0, 1] } else { vec![index] };
         told.extend(under_load(town, &touched, || {
             disturb(index, &before)?;
-            town.until("a new agent that is ready", || {
+            let now = town.until("a new agent that is ready", || {
                 let now = town.agent(index)?;
                 let new = now.pod != before.pod || now.restarts > before.restarts;
                 ensure!(
@@ -109,11 +109,21 @@ fn each(town: &Town, disturb: impl Fn(usize, &Agent) -> Result<()>) -> Result<Ve
                     now.pod,
                     if now.ready { "the old one" } else { "not ready" }
                 );
-                Ok(())
-            })
+                Ok(now)
+            })?;
+            gone(town, &before, &now)
         })?);
     }
     verdict(town, told)
+}
+
+/// Waits until the agent before has ended: until then what it carried goes on.
+fn gone(town: &Town, before: &Agent, now: &Agent) -> Result<()> {
+    if before.pod == now.pod {
+        return Ok(());
+    }
+    let (pod, namespace) = (format!("pod/{}", before.pod), town.agents.namespace.as_str());
+    town.kubectl.run(&["wait", "--for=delete", &pod, "-n", namespace, "--timeout=180s"]).map(drop)
 }
 
 fn restarted(town: &Town) -> Result<Verdict> {
