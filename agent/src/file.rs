@@ -18,7 +18,7 @@ mod source;
 mod watch;
 
 pub use error::{FileError, Place};
-pub use mesh::{Mesh, diff};
+pub use mesh::{Invalid, Mesh, diff};
 pub use section::{CaSettings, CulvertSection, NetnsRef, PodSettings};
 pub use source::{FileSource, FileStatus, FileUpdate, MeshFile, load};
 

@@ -6,6 +6,7 @@
 
 pub mod figures;
 pub mod load;
+pub mod parsers;
 pub mod peer;
 
 use std::io::{self, Read, Write};
