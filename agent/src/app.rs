@@ -1,20 +1,17 @@
 //! The only place that constructs and wires the agent's rooms.
 
+mod certificates;
 mod enrolment;
 mod explain;
 mod state;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use culvert_core::admit::HeaderTo;
 use culvert_core::identity::Identity;
 use culvert_core::snapshot::Snapshot;
-use culvert_core::workload::Workload;
-use rand::SeedableRng;
-use rand::rngs::StdRng;
-use time::OffsetDateTime;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -22,7 +19,6 @@ use tracing::level_filters::LevelFilter;
 
 use crate::admin::readiness::{OpenTask, PROXY, Readiness, STATE_MANAGER};
 use crate::admin::{AdminAddrs, AdminServers, Sources};
-use crate::ca::{Certificates, EmbeddedCa};
 use crate::capture::{Capture, CaptureOptions, KERNEL_LOG, Netns};
 use crate::config::{Config, MeshSettings};
 use crate::connections::Connections;
@@ -142,7 +138,7 @@ async fn next(source: &mut Option<FileSource>) -> FileUpdate {
 fn make_node(config: &Config, settings: &MeshSettings, first: &MeshFile) -> anyhow::Result<Node> {
     let mesh = Arc::new(Mesh::new(Snapshot::default().with(first.changes.iter().cloned())));
     let capture = Arc::new(start_capture(config, first)?);
-    let certificates = Arc::new(start_certificates(config, settings, first, &mesh)?);
+    let certificates = Arc::new(certificates::start(config, settings, first, &mesh)?);
     if let Some(logs) = capture.logs() {
         tokio::spawn(logs.forward());
     }
@@ -155,11 +151,16 @@ fn make_node(config: &Config, settings: &MeshSettings, first: &MeshFile) -> anyh
         certificates,
         telemetry: Telemetry::new(version, Some(&Handle::current())),
         connections: Connections::default(),
+        fetch: None,
         tunnels: tunnel_settings(config),
         keepalive: config.keepalive,
         options: Options {
             response_baggage: config.response_baggage,
             log_policy_at_info: config.log_policy_decisions,
+            header_to: match config.localhost_app_tunnel {
+                true => HeaderTo::Loopback,
+                false => HeaderTo::Address,
+            },
         },
     })
 }
@@ -196,38 +197,6 @@ fn start_capture(config: &Config, first: &MeshFile) -> anyhow::Result<Capture> {
         log_level,
     };
     Capture::start(&options).context("cannot start capture")
-}
-
-fn start_certificates(
-    config: &Config,
-    mesh: &MeshSettings,
-    first: &MeshFile,
-    snapshot: &Arc<Mesh>,
-) -> anyhow::Result<Certificates> {
-    let directory = match &first.culvert.ca.directory {
-        Some(directory) => directory.clone(),
-        None => config.state_dir.join("ca"),
-    };
-    make_private(&config.state_dir)?;
-    let (snapshot, node) = (snapshot.clone(), config.node.clone());
-    let may_issue = Arc::new(move |identity: &Identity| {
-        let is_ours =
-            |workload: &Arc<Workload>| workload.node == node && workload.identity() == *identity;
-        snapshot.snapshot().workloads().any(is_ours)
-    });
-    let (ttl, domain) = (first.culvert.ca.ttl, mesh.trust_domain.clone());
-    let authority = EmbeddedCa::open(&directory, ttl, domain, may_issue)?;
-    let random = StdRng::from_rng(&mut rand::rng());
-    Ok(Certificates::start(Arc::new(authority), Arc::new(OffsetDateTime::now_utc), random))
-}
-
-fn make_private(directory: &Path) -> anyhow::Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-        .with_context(|| format!("state directory {}", directory.display()))
 }
 
 fn tunnel_settings(config: &Config) -> hbone::Settings {

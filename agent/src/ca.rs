@@ -1,71 +1,48 @@
 //! Where workload certificates come from, and the cache that keeps them fresh.
+//!
+//! A source of identities is one trait, [`IdentitySource`]. Another source (a SPIFFE broker, say) is one
+//! file here with one implementation of it, chosen in `app`. It only has to get a key, a chain and roots
+//! for an identity. Caching, priorities, renewal and retries are those of [`Certificates`], and so are
+//! all checks of what came back.
+
+use std::sync::Arc;
 
 use culvert_core::identity::Identity;
 use futures_util::future::BoxFuture;
 
-use crate::tls::{UnusableCertificate, WorkloadCertificate};
+use crate::tls::Issued;
 
 pub use certificates::{Certificates, Clock};
 pub use chain::{ChainError, IssuedChain, parse_chain};
 pub use embedded::{EmbeddedCa, MayIssue};
 pub use entries::{CertificateState, State};
+pub use error::{AnswerFault, CaError, Refusal};
+pub use istio::IstioCa;
+pub use local::{IdentityChanges, LocalIdentities};
 pub use root::RootError;
 
 /// Issues certificates for the workloads of this node.
 ///
-/// [`Certificates`] asks for at most 8 at a time. Each call makes a new key.
-/// An answer for another identity than the one asked for is refused by [`Certificates`].
+/// [`Certificates`] asks for at most 8 at a time, and drops a request that takes longer than 30 s. It
+/// refuses an answer whose leaf is not for exactly the identity that was asked for (its first URI), not
+/// valid now, not of the key that came with it, or not below one of the roots that came with it.
 pub trait IdentitySource: Send + Sync {
-    fn issue<'a>(
-        &'a self,
-        identity: &'a Identity,
-    ) -> BoxFuture<'a, Result<WorkloadCertificate, CaError>>;
+    /// Who signs, as messages name it: an address, or a few words.
+    fn authority(&self) -> Arc<str>;
+
+    /// A new key with its certificates. A failure is told to connections that wait, and tried again.
+    fn issue<'a>(&'a self, identity: &'a Identity) -> BoxFuture<'a, Result<Issued, CaError>>;
 }
 
-/// Why there is no certificate for an identity.
-#[derive(Debug, thiserror::Error)]
-pub enum CaError {
-    /// The identity may not be issued here; asking again does not help until the mesh changes.
-    #[error("no certificate for {identity}: {reason}")]
-    Refused { identity: Identity, reason: Refusal },
-    /// The authority could not be reached or could not sign.
-    #[error("certificate authority failed for {identity}: {reason}")]
-    Failed { identity: Identity, reason: String },
-    /// The authority did not answer in time.
-    #[error("certificate authority did not answer for {identity} within {seconds} s")]
-    TimedOut { identity: Identity, seconds: u64 },
-    /// The authority's answer is not a list of PEM certificates as the protocol has it.
-    #[error("certificate authority's answer for {identity} is unusable: {reason}")]
-    Chain { identity: Identity, reason: ChainError },
-    /// The authority's answer cannot serve in handshakes.
-    #[error("certificate for {identity} is unusable: {reason}")]
-    Unusable { identity: Identity, reason: Box<UnusableCertificate> },
-    #[error("certificate authority answered for {issued}, asked for {wanted}")]
-    WrongIdentity { wanted: Identity, issued: Identity },
-    /// The answer, or what was cached, is past its end.
-    #[error("certificate of {identity} expired")]
-    Expired { identity: Identity },
-    /// The last workload of the identity left this node while its certificate was awaited.
-    #[error("{identity} was forgotten")]
-    Forgotten { identity: Identity },
-}
-
-/// Why a certificate authority does not issue for an identity.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    #[error("a part of the identity is empty or contains a slash")]
-    Incomplete,
-    #[error("the authority is of trust domain {0}")]
-    ForeignTrustDomain(String),
-    #[error("no workload of this node has this identity")]
-    NotOfThisNode,
-}
+mod error;
 
 mod chain;
 
 mod embedded;
+mod istio;
 mod root;
 
 mod certificates;
 mod entries;
+mod local;
 mod schedule;

@@ -223,6 +223,9 @@ impl Drop for Guard {
     }
 }
 
+/// What is told of a connection whose peer's certificate was revoked, as peers tell it.
+pub const PEER_REVOKED: &str = "connection closed: peer certificate revoked by CRL";
+
 /// Why the agent itself ends a live connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CloseReason {
@@ -232,6 +235,8 @@ pub enum CloseReason {
     Drain,
     /// The pod was withdrawn or its namespace is gone.
     PodGone,
+    /// The certificate of the tunnel's peer was revoked.
+    PeerRevoked,
 }
 
 impl fmt::Display for CloseReason {
@@ -240,6 +245,7 @@ impl fmt::Display for CloseReason {
             CloseReason::PolicyChange { .. } => "connection closed due to policy change",
             CloseReason::Drain => "connection closed due to connection drain",
             CloseReason::PodGone => "connection closed because its pod is gone",
+            CloseReason::PeerRevoked => PEER_REVOKED,
         })
     }
 }
@@ -252,6 +258,7 @@ impl From<CloseReason> for Failure {
                 Failure::denied(error, Denial { reason: DenialReason::PolicyChange, policy, rule })
             }
             CloseReason::Drain | CloseReason::PodGone => Failure::new(ResponseFlag::None, error),
+            CloseReason::PeerRevoked => Failure::new(ResponseFlag::CertRevoked, error),
         }
     }
 }

@@ -4,12 +4,16 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use culvert_core::view::{Answers, Need, Step, View};
+use culvert_core::view::{Answers, Coverage, Fetched, Need, Step, View};
 
 use crate::node::Node;
 
 /// How long one DNS look-up may take before it counts as unanswered.
 const DNS_LIMIT: Duration = Duration::from_secs(5);
+
+/// How many things of the mesh are fetched for one decision: more than any chain of references has,
+/// so that nobody who changes the mesh meanwhile can keep a connection waiting.
+const MOST_FETCHED: usize = 16;
 
 /// Runs `decision` until it needs nothing more.
 ///
@@ -17,6 +21,11 @@ const DNS_LIMIT: Duration = Duration::from_secs(5);
 /// after as many rounds as the decision has distinct needs.
 pub async fn decide<T>(node: &Node, mut decision: impl FnMut(&View<'_>) -> Step<T>) -> T {
     let mut answers = Answers::default();
+    let mut fetched = 0;
+    let coverage = match node.fetch {
+        Some(_) => Coverage::OnDemand,
+        None => Coverage::Whole,
+    };
     loop {
         let need = {
             let (snapshot, enrolled) = (node.mesh.snapshot(), node.mesh.enrolled());
@@ -26,6 +35,7 @@ pub async fn decide<T>(node: &Node, mut decision: impl FnMut(&View<'_>) -> Step<
                 node: &node.name,
                 enrolled: &enrolled,
                 answers: &answers,
+                coverage,
             };
             match decision(&view) {
                 Step::Done(decided) => return decided,
@@ -36,6 +46,14 @@ pub async fn decide<T>(node: &Node, mut decision: impl FnMut(&View<'_>) -> Step<
             Need::Dns(hostname) => {
                 let addresses = resolve(&hostname).await;
                 answers.note_dns(hostname, addresses);
+            }
+            Need::Resource(key) => {
+                fetched += 1;
+                let answer = match &node.fetch {
+                    Some(fetch) if fetched <= MOST_FETCHED => fetch.fetch(key.clone()).await,
+                    Some(_) | None => Fetched::Unanswered,
+                };
+                answers.note_resource(key, answer);
             }
         }
     }

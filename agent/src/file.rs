@@ -15,7 +15,6 @@ mod place;
 mod scalar;
 mod section;
 mod source;
-mod watch;
 
 pub use error::{FileError, Place};
 pub use mesh::{Invalid, Mesh, diff};

@@ -29,7 +29,7 @@ mod wire;
 
 pub use h2::Reason;
 pub use headers::ConnectHeaders;
-pub use pool::{Pool, PoolKey};
+pub use pool::{Dialled, Pool, PoolKey};
 pub use server::{Request, serve};
 pub use stream::{HboneStream, StreamError};
 

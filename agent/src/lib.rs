@@ -27,7 +27,10 @@ pub mod relay;
 pub mod ca;
 pub mod tls;
 
+pub mod control;
 pub mod file;
+pub mod watch;
+pub mod xds;
 
 pub mod admin;
 pub mod connections;

@@ -2,14 +2,16 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use culvert_core::admit::HeaderTo;
 use culvert_core::authorization::{Action, Connection};
 use culvert_core::authorize::{self, Denied, DryRun, Permit};
 use culvert_core::snapshot::{Change, Snapshot};
-use culvert_core::view::Enrolled;
+use culvert_core::view::{Enrolled, Fetched, ResourceKey};
 use culvert_core::workload::{PolicyKey, Workload};
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -36,6 +38,8 @@ pub struct Node {
     pub certificates: Arc<Certificates>,
     pub telemetry: Telemetry,
     pub connections: Connections,
+    /// Brings what the snapshot lacks; `None` where the snapshot is all there is.
+    pub fetch: Option<Arc<dyn Fetch>>,
     pub tunnels: hbone::Settings,
     /// Kernel keepalive of captured and dialled connections.
     pub keepalive: Option<Keepalive>,
@@ -49,6 +53,15 @@ pub struct Options {
     pub response_baggage: bool,
     /// Log every policy decision at info instead of debug.
     pub log_policy_at_info: bool,
+    /// Where an application listens that is told of connections by a header.
+    pub header_to: HeaderTo,
+}
+
+/// Asks the control plane for single things of the mesh (delta xDS, on-demand subscriptions).
+pub trait Fetch: Send + Sync {
+    /// Resolves once the control plane has told of `key`, also that there is none, and the published
+    /// snapshot says the same; or when the time for that is over, which must be bounded.
+    fn fetch(&self, key: ResourceKey) -> Pin<Box<dyn Future<Output = Fetched> + Send + '_>>;
 }
 
 impl Node {
@@ -63,6 +76,21 @@ impl Node {
                 if changes.changed().await.is_err() {
                     std::future::pending::<()>().await;
                 }
+            }
+        };
+        let asked = async {
+            if let Some(fetch) = &self.fetch
+                && self.mesh.snapshot().workload(&pod.uid).is_none()
+            {
+                // What it brings is seen like any other change.
+                let _ = fetch.fetch(ResourceKey::Uid(pod.uid.clone())).await;
+            }
+            std::future::pending().await
+        };
+        let known = async {
+            tokio::select! {
+                workload = known => workload,
+                never = asked => never,
             }
         };
         let unknown = |_| UnknownWorkload(pod.uid.clone());
@@ -173,8 +201,11 @@ impl Mesh {
     }
 
     /// Makes what every following decision looks at from what it is now and `changes`. Gives both,
-    /// the former one first.
-    pub fn apply(&self, changes: Vec<Change>) -> (Arc<Snapshot>, Arc<Snapshot>) {
+    /// the former one first. Other writers wait while the changes are taken.
+    pub fn apply(
+        &self,
+        changes: impl IntoIterator<Item = Change>,
+    ) -> (Arc<Snapshot>, Arc<Snapshot>) {
         let _one_writer = self.writing.lock();
         let before = self.snapshot();
         let next = Arc::new(before.with(changes));

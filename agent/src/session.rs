@@ -7,6 +7,7 @@ use culvert_core::authorize::{Denied, Permit};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
 
 use crate::connections::{CloseReason, Guard};
 use crate::dial;
@@ -49,11 +50,18 @@ pub struct Ends<'a> {
     guard: &'a Guard,
     drain: DrainWatch,
     pod: &'a Pod,
+    /// Cancelled when the peer of the tunnel is revoked.
+    revoked: CancellationToken,
 }
 
 impl<'a> Ends<'a> {
     pub fn of(guard: &'a Guard, drain: DrainWatch, pod: &'a Pod) -> Self {
-        Self { guard, drain, pod }
+        Self { guard, drain, pod, revoked: CancellationToken::new() }
+    }
+
+    /// The same within a tunnel whose connection may be cut off.
+    pub fn in_tunnel(self, revoked: CancellationToken) -> Self {
+        Self { revoked, ..self }
     }
 
     pub async fn wait(mut self) -> CloseReason {
@@ -61,6 +69,7 @@ impl<'a> Ends<'a> {
             reason = self.guard.closed() => reason,
             () = self.drain.expired() => CloseReason::Drain,
             () = self.pod.is_gone() => CloseReason::PodGone,
+            () = self.revoked.cancelled() => CloseReason::PeerRevoked,
         }
     }
 }

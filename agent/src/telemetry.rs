@@ -11,6 +11,7 @@ mod open;
 mod process;
 mod readings;
 mod series;
+mod xds;
 
 use std::fmt;
 use std::fmt::Display;
@@ -33,6 +34,7 @@ pub use context::{
 pub use open::OpenConnection;
 pub use readings::{CertificateReading, KernelReading, SourceReading, TunnelReading};
 pub use series::ByteCounters;
+pub use xds::{Termination, XdsMetrics, XdsReading};
 
 use encode::BoundedCounters;
 use labels::OnDemandDnsLabels;
@@ -58,7 +60,10 @@ struct Inner {
     dry_run: Arc<BoundedCounters<DryRunEvaluation>>,
     on_demand_dns: Arc<BoundedCounters<OnDemandDnsLabels>>,
     rejudged: Counter,
+    crl_rejected: Family<[(&'static str, &'static str); 1], Counter>,
+    crl_untracked: Family<[(&'static str, &'static str); 1], Counter>,
     pods: PodMetrics,
+    xds: XdsMetrics,
 }
 
 /// The pods that are enrolled on this node, as `workload_manager_*`.
@@ -114,7 +119,10 @@ impl Telemetry {
                 ),
             ),
             rejudged: Counter::default(),
+            crl_rejected: Family::default(),
+            crl_untracked: Family::default(),
             pods: PodMetrics::default(),
+            xds: XdsMetrics::default(),
             registry: Mutex::default(),
         };
         inner.register_counters(&mut registry);
@@ -160,8 +168,28 @@ impl Telemetry {
         self.0.dry_run.increase(evaluation);
     }
 
+    /// Counts a peer that was refused, or a live connection that was cut off, because the peer's
+    /// certificate is revoked.
+    pub fn crl_rejected(&self, reporter: Reporter) {
+        self.0.crl_rejected.get_or_create(&[("reporter", reporter.label())]).inc();
+    }
+
+    /// Counts a live connection that no later revocation can reach.
+    pub fn crl_untracked(&self, reporter: Reporter) {
+        self.0.crl_untracked.get_or_create(&[("reporter", reporter.label())]).inc();
+    }
+
     pub fn pods(&self) -> &PodMetrics {
         &self.0.pods
+    }
+
+    pub fn xds(&self) -> &XdsMetrics {
+        &self.0.xds
+    }
+
+    /// Adds the workload API's state, read at each scrape.
+    pub fn watch_xds(&self, read: impl Fn() -> XdsReading + Send + Sync + 'static) {
+        self.watch(read);
     }
 
     /// Adds the kernel programs' counts, read at each scrape.
@@ -216,6 +244,8 @@ impl Inner {
     fn register_counters(&self, registry: &mut Registry) {
         for reporter in [Reporter::Source, Reporter::Destination] {
             self.sockets.get_or_create(&[("reporter", reporter.label())]).set(0);
+            let _present = self.crl_rejected.get_or_create(&[("reporter", reporter.label())]);
+            let _present = self.crl_untracked.get_or_create(&[("reporter", reporter.label())]);
         }
         registry.register("istio_tcp_sockets_open", "Open TCP sockets", self.sockets.clone());
         registry.register(
@@ -228,6 +258,17 @@ impl Inner {
             "Live connections closed because a policy or binding changed",
             self.rejudged.clone(),
         );
+        registry.register(
+            "istio_crl_policy_rejections",
+            "Peers refused or cut off because their certificate is revoked",
+            self.crl_rejected.clone(),
+        );
+        registry.register(
+            "istio_crl_untracked_connections",
+            "Connections that no later revocation can reach",
+            self.crl_untracked.clone(),
+        );
+        self.xds.register(registry);
         let pods = &self.pods;
         let prefix = "workload_manager";
         for (name, help, gauge) in [

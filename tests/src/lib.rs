@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod control;
 pub mod figures;
 pub mod load;
 pub mod parsers;

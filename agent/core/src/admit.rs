@@ -3,13 +3,13 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-use crate::addr::{AppAddr, Authority, NetworkAddress, RESERVED_PORTS};
+use crate::addr::{AppAddr, Authority, NamespacedHostname, NetworkAddress, RESERVED_PORTS};
 use crate::authorization::Connection;
 use crate::identity::Identity;
 use crate::resolve::{self, Destination};
 use crate::service::Service;
 use crate::snapshot::Snapshot;
-use crate::view::{Step, View};
+use crate::view::{ResourceKey, Step, Stop, Unanswered, View};
 use crate::workload::{ApplicationTunnelProtocol, Workload};
 
 mod proxy_header;
@@ -30,6 +30,16 @@ pub struct Inbound<'a> {
     pub authority: &'a Authority,
     /// The `host` of the `forwarded` header (RFC 7239); names the service in telemetry only.
     pub forwarded_host: Option<&'a str>,
+    pub header_to: HeaderTo,
+}
+
+/// Where a workload listens whose application tunnel has a header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeaderTo {
+    /// At a loopback address, where nobody but the agent can send it one.
+    Loopback,
+    /// At the address that the connection was made to.
+    Address,
 }
 
 /// How to deliver a connection once it is authorized.
@@ -86,10 +96,10 @@ impl Refusal {
 
 /// Decides on one CONNECT request. The result still has to be authorized.
 pub fn admit(view: &View<'_>, inbound: &Inbound<'_>) -> Step<Result<Admission, Refusal>> {
-    Step::Done(decide(view, inbound))
+    decide(view, inbound).into()
 }
 
-fn decide(view: &View<'_>, inbound: &Inbound<'_>) -> Result<Admission, Refusal> {
+fn decide(view: &View<'_>, inbound: &Inbound<'_>) -> Result<Admission, Stop<Refusal>> {
     let local = inbound.local;
     let addressed = inbound.addressed.to_canonical();
     check_destination(view, inbound, addressed)?;
@@ -97,25 +107,27 @@ fn decide(view: &View<'_>, inbound: &Inbound<'_>) -> Result<Admission, Refusal> 
     let snapshot = view.snapshot;
     let target = match inbound.authority {
         Authority::Addr(target) => Target { port: target.port(), service: None },
-        Authority::Host { host, port } => named_target(snapshot, local, host, *port)?,
+        Authority::Host { host, port } => named_target(view, local, host, *port)?,
     };
     if RESERVED_PORTS.contains(&target.port) {
-        return Err(Refusal::SelfCall);
+        return Err(Refusal::SelfCall.into());
     }
 
     let port = local.application_tunnel.and_then(|tunnel| tunnel.port).unwrap_or(target.port);
     let wants_header = local
         .application_tunnel
         .is_some_and(|tunnel| tunnel.protocol == ApplicationTunnelProtocol::Proxy);
-    let (to, from, proxy) = if wants_header {
-        let header = ProxyHeader {
+    let proxy = match wants_header {
+        true => Some(ProxyHeader {
             source: inbound.peer,
             destination: shown_destination(view, inbound.authority, target.service)?,
             identity: Some(inbound.identity.clone()),
-        };
-        (loopback_like(addressed), DialFrom::Loopback, Some(header))
-    } else {
-        (addressed, dial_from(inbound.peer, addressed), None)
+        }),
+        false => None,
+    };
+    let (to, from) = match (&proxy, inbound.header_to) {
+        (Some(_), HeaderTo::Loopback) => (loopback_like(addressed), DialFrom::Loopback),
+        (Some(_), HeaderTo::Address) | (None, _) => (addressed, dial_from(inbound.peer, addressed)),
     };
     let connection = Connection {
         source: inbound.peer.ip().to_canonical(),
@@ -156,7 +168,7 @@ fn check_destination(
     view: &View<'_>,
     inbound: &Inbound<'_>,
     addressed: IpAddr,
-) -> Result<(), Refusal> {
+) -> Result<(), Stop<Refusal>> {
     let Authority::Addr(target) = inbound.authority else {
         // Whether the name leads here shows when its port is looked up.
         return Ok(());
@@ -169,15 +181,34 @@ fn check_destination(
     let waypoints: Vec<_> = match resolve::address(snapshot, view.network, authority, None) {
         Destination::Workload(workload) => workload.waypoint.iter().collect(),
         Destination::Service(service) => service.waypoints().collect(),
-        Destination::Unknown => Vec::new(),
+        Destination::Unknown => {
+            let at = NetworkAddress { network: view.network.into(), ip: authority };
+            look_once(view, ResourceKey::Address(at))?;
+            Vec::new()
+        }
     };
-    let is_waypoint =
-        waypoints.into_iter().any(|reference| match resolve::gateway(snapshot, reference) {
+    for reference in waypoints {
+        let is_waypoint = match resolve::gateway(snapshot, reference) {
             Destination::Service(service) => service.endpoint_ports(inbound.local).is_some(),
             Destination::Workload(workload) => workload.addresses.contains(&addressed),
-            Destination::Unknown => false,
-        });
-    if is_waypoint { Ok(()) } else { Err(Refusal::IpMismatch { addressed, authority }) }
+            Destination::Unknown => {
+                look_once(view, reference.into())?;
+                false
+            }
+        };
+        if is_waypoint {
+            return Ok(());
+        }
+    }
+    Err(Refusal::IpMismatch { addressed, authority }.into())
+}
+
+/// What nobody tells about is refused like what does not exist.
+fn look_once(view: &View<'_>, key: ResourceKey) -> Result<(), Stop<Refusal>> {
+    match view.confirm_absent(key) {
+        Err(Stop::Need(need)) => Err(Stop::Need(need)),
+        Ok(()) | Err(Stop::Failed(Unanswered(_))) => Ok(()),
+    }
 }
 
 struct Target<'a> {
@@ -187,14 +218,19 @@ struct Target<'a> {
 }
 
 fn named_target<'a>(
-    snapshot: &'a Snapshot,
+    view: &View<'a>,
     local: &Workload,
     hostname: &Arc<str>,
     port: u16,
-) -> Result<Target<'a>, Refusal> {
-    let service = snapshot
-        .service_named(hostname, Some(&local.namespace))
-        .ok_or_else(|| Refusal::NoHostname(hostname.clone()))?;
+) -> Result<Target<'a>, Stop<Refusal>> {
+    let Some(service) = view.snapshot.service_named(hostname, Some(&local.namespace)) else {
+        // One of the services that the workload says it belongs to, if any has this name.
+        let own = local.services.keys().find(|key| key.hostname == *hostname).cloned();
+        let namespace = local.namespace.clone();
+        let key = own.unwrap_or(NamespacedHostname { namespace, hostname: hostname.clone() });
+        look_once(view, ResourceKey::Hostname(key))?;
+        return Err(Refusal::NoHostname(hostname.clone()).into());
+    };
     let own = service.endpoint_ports(local).and_then(|ports| ports.get(&port));
     let port = own
         .or_else(|| service.ports.get(&port))

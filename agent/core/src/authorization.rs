@@ -104,6 +104,12 @@ impl Authorization {
         format!("{}/{}", self.namespace, self.name).into()
     }
 
+    /// Whether this is its key.
+    pub fn has_key(&self, key: &str) -> bool {
+        let name = key.strip_prefix(&*self.namespace).and_then(|rest| rest.strip_prefix('/'));
+        name == Some(&*self.name)
+    }
+
     /// The first rule that matches, by its place in `rules`.
     pub fn matching_rule(&self, connection: &Connection) -> Option<usize> {
         self.rules.iter().position(|rule| rule.matches(connection))

@@ -155,7 +155,7 @@ fn applicable<'a>(
     local: &Workload,
 ) -> (Vec<&'a Authorization>, Vec<PolicyKey>) {
     let global = snapshot.global_policies().iter();
-    let of_namespace = snapshot.namespace_policies(&local.namespace).iter();
+    let of_namespace = snapshot.namespace_policies(&local.namespace);
     let mut policies: Vec<&Authorization> = global.chain(of_namespace).map(|p| &**p).collect();
     let mut missing = Vec::new();
     for key in &local.authorization_policies {

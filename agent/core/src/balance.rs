@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rand::{Rng, RngExt};
 
 use crate::service::{BalanceMode, LoadBalancer, Scope, Service};
-use crate::snapshot::{Endpoint, Snapshot};
+use crate::snapshot::{Endpoint, Snapshot, declared_endpoint};
 use crate::view::{Answers, Need, Stop};
 use crate::workload::Workload;
 
@@ -38,12 +38,50 @@ pub fn choose_endpoint(
     mode: Mode,
     random: &mut impl Rng,
 ) -> Option<Upstream> {
-    let candidates = candidates(snapshot, source, service, port, mode);
-    let chosen = weighted(&candidates, |endpoint| endpoint.workload.capacity, random)?;
+    let chosen = match draw_among_many(snapshot, source, service, port, mode, random) {
+        Some(drawn) => drawn,
+        None => {
+            let candidates = candidates(snapshot, source, service, port, mode);
+            *weighted(&candidates, |endpoint| endpoint.workload.capacity, random)?
+        }
+    };
     Some(Upstream {
-        port: target_port(service, chosen, port)?,
+        port: target_port(service, &chosen, port)?,
         workload: chosen.workload.clone(),
         service: Some(service.clone()),
+    })
+}
+
+/// From how many workloads on a service's endpoints are drawn without looking at all of them.
+const MANY: usize = 64;
+/// How often to draw before looking at all of them after all.
+const DRAWS: usize = 32;
+
+/// Draws any workload until one is usable and its weight lets it pass: the distribution is the same
+/// as among all that are usable. `None` says nothing about there being any.
+fn draw_among_many<'a>(
+    snapshot: &'a Snapshot,
+    source: &Workload,
+    service: &Service,
+    port: u16,
+    mode: Mode,
+    random: &mut impl Rng,
+) -> Option<Endpoint<'a>> {
+    let is_any_alike = match &service.load_balancer {
+        None => true,
+        Some(balancer) => balancer.mode == BalanceMode::Standard,
+    };
+    let is_large = snapshot.declared_count(service) >= MANY;
+    if !is_any_alike || !is_large || !service.fixed_endpoints.is_empty() {
+        return None;
+    }
+    let (key, roster) = (service.key(), snapshot.roster(service)?);
+    (0..DRAWS).find_map(|_| {
+        let workload = roster.workloads.get(random.random_range(0..roster.workloads.len()))?;
+        let endpoint = declared_endpoint(service, &key, workload)?;
+        let weighs_enough =
+            workload.capacity > 0 && random.random_range(0..roster.heaviest) < workload.capacity;
+        (weighs_enough && is_usable(source, service, &endpoint, port, mode)).then_some(endpoint)
     })
 }
 

@@ -30,7 +30,7 @@ pub fn pod(namespace: &str, name: &str, addresses: &[&str]) -> Workload {
         locality: Locality::default(),
         native_tunnel: false,
         application_tunnel: None,
-        services: BTreeMap::new(),
+        services: Memberships::default(),
         authorization_policies: Vec::new(),
         status: Health::Healthy,
         capacity: 1,

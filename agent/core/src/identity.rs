@@ -75,5 +75,37 @@ impl FromStr for Identity {
     }
 }
 
+/// The trust domains that name this mesh: its own, and what it is or was called besides.
+///
+/// An alias brings no roots with it: whoever proves an identity of an alias has a certificate of this
+/// mesh's own authorities. It says that the same namespace and service account is the same workload
+/// under each of the names. A domain outside of the set equals only itself, so aliases mean nothing
+/// for workloads of other meshes. The default set knows no alias.
+///
+/// Policies are not widened: a principal is compared with the identity as it was presented.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TrustDomains(Arc<[Arc<str>]>);
+
+impl TrustDomains {
+    /// `own` is the mesh's trust domain. Empty aliases are left out: nobody can be of them.
+    pub fn new(own: Arc<str>, aliases: impl IntoIterator<Item = Arc<str>>) -> Self {
+        let aliases = aliases.into_iter().filter(|alias| !alias.is_empty());
+        Self(std::iter::once(own).chain(aliases).collect())
+    }
+
+    /// Whether both names are of one mesh.
+    pub fn are_one(&self, one: &str, other: &str) -> bool {
+        let known = |name: &str| self.0.iter().any(|domain| **domain == *name);
+        one == other || (known(one) && known(other))
+    }
+
+    /// Whether both identities are of one workload.
+    pub fn same_workload(&self, one: &Identity, other: &Identity) -> bool {
+        one.namespace == other.namespace
+            && one.service_account == other.service_account
+            && self.are_one(&one.trust_domain, &other.trust_domain)
+    }
+}
+
 #[cfg(test)]
 mod tests;

@@ -7,11 +7,15 @@
 
 pub mod addr;
 pub mod identity;
+pub mod sorted;
+
 pub mod workload;
 
 pub mod service;
 
 pub mod authorization;
+pub mod intern;
+
 pub mod snapshot;
 pub mod view;
 

@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use rand::Rng;
 
-use crate::addr::{AppAddr, Authority, HBONE_PORT, HboneAddr, OriginalDst, RESERVED_PORTS};
+use crate::addr::{
+    AppAddr, Authority, HBONE_PORT, HboneAddr, NetworkAddress, OriginalDst, RESERVED_PORTS,
+};
 use crate::balance::{self, Mode, NoAddress, Upstream};
 use crate::identity::Identity;
 use crate::resolve::{self, Destination};
 use crate::service::Service;
-use crate::view::{Step, Stop, View};
+use crate::view::{ResourceKey, Step, Stop, Unanswered, View};
 use crate::workload::{GatewayAddress, GatewayDestination, TunnelProtocol, Workload};
 
 /// A connection that an enrolled workload opened.
@@ -102,6 +104,8 @@ pub enum NoRoute {
     NoService(SocketAddr),
     #[error(transparent)]
     NoAddress(#[from] NoAddress),
+    #[error(transparent)]
+    Unanswered(#[from] Unanswered),
 }
 
 /// Decides for one connection.
@@ -139,8 +143,17 @@ impl<'a, R: Rng> Decision<'a, R> {
                 Some(waypoint) => self.reach_service_waypoint(service, waypoint),
                 None => self.reach_upstream(Some(service)),
             },
-            Destination::Workload(_) | Destination::Unknown => self.reach_upstream(None),
+            Destination::Workload(_) => self.reach_upstream(None),
+            Destination::Unknown => {
+                self.confirm_absent(self.view.network.into(), original.ip())?;
+                self.reach_upstream(None)
+            }
         }
+    }
+
+    fn confirm_absent(&self, network: Arc<str>, ip: IpAddr) -> Decided<()> {
+        let key = ResourceKey::Address(NetworkAddress { network, ip });
+        self.view.confirm_absent(key).map_err(|stop| stop.map(NoRoute::Unanswered))
     }
 
     fn draw_waypoint(&mut self, service: &'a Service) -> Option<&'a GatewayAddress> {
@@ -185,11 +198,14 @@ impl<'a, R: Rng> Decision<'a, R> {
                     Upstream { workload: workload.clone(), port: original.port(), service: None }
                 }
                 Destination::Unknown => match addressed {
+                    None => {
+                        self.confirm_absent(source.network.clone(), original.ip())?;
+                        return Ok(self.passthrough(None, Because::UnknownAddress));
+                    }
                     Some(service) if service.is_passthrough() => {
                         return Ok(self.passthrough(addressed, Because::PassthroughService));
                     }
                     Some(_) => return Err(NoRoute::NoHealthyUpstream(original.addr()).into()),
-                    None => return Ok(self.passthrough(None, Because::UnknownAddress)),
                 },
             };
         if self.is_remote(&upstream) {
@@ -272,7 +288,7 @@ impl<'a, R: Rng> Decision<'a, R> {
             .as_ref()
             .ok_or_else(|| NoRoute::from(NoAddress::Unreachable(workload.uid.clone())))?;
         let (gateway, wanted) = self
-            .gateway(reference, Mode::Standard)
+            .gateway(reference, Mode::Standard)?
             .ok_or_else(|| NoRoute::UnknownNetworkGateway(reference.clone()))?;
         let ip = self.address(&gateway, wanted)?;
         let via = HboneAddr::new(SocketAddr::new(ip, gateway.port));
@@ -293,12 +309,16 @@ impl<'a, R: Rng> Decision<'a, R> {
     }
 
     fn waypoint(&mut self, reference: &GatewayAddress) -> Decided<(Upstream, IpAddr)> {
-        self.gateway(reference, Mode::Waypoint)
+        self.gateway(reference, Mode::Waypoint)?
             .ok_or_else(|| NoRoute::UnknownWaypoint(reference.clone()).into())
     }
 
     /// What a reference leads to, and the address that guides the choice among its addresses.
-    fn gateway(&mut self, reference: &GatewayAddress, mode: Mode) -> Option<(Upstream, IpAddr)> {
+    fn gateway(
+        &mut self,
+        reference: &GatewayAddress,
+        mode: Mode,
+    ) -> Decided<Option<(Upstream, IpAddr)>> {
         let snapshot = self.view.snapshot;
         let source = self.request.source;
         let port = reference.hbone_mtls_port;
@@ -310,7 +330,7 @@ impl<'a, R: Rng> Decision<'a, R> {
                 let namespace = Some(&*source.namespace);
                 let found = resolve::upstream_at(snapshot, &at.network, at.ip, namespace);
                 match found {
-                    Destination::Service(service) if service.is_passthrough() => return None,
+                    Destination::Service(service) if service.is_passthrough() => return Ok(None),
                     Destination::Service(_) | Destination::Workload(_) | Destination::Unknown => {
                         (found, at.ip.to_canonical())
                     }
@@ -319,14 +339,18 @@ impl<'a, R: Rng> Decision<'a, R> {
         };
         let upstream = match destination {
             Destination::Service(service) => {
-                balance::choose_endpoint(snapshot, source, service, port, mode, self.random)?
+                balance::choose_endpoint(snapshot, source, service, port, mode, self.random)
             }
             Destination::Workload(workload) => {
-                Upstream { workload: workload.clone(), port, service: None }
+                Some(Upstream { workload: workload.clone(), port, service: None })
             }
-            Destination::Unknown => return None,
+            Destination::Unknown => {
+                let absent = self.view.confirm_absent(reference.into());
+                absent.map_err(|stop| stop.map(NoRoute::Unanswered))?;
+                None
+            }
         };
-        Some((upstream, wanted))
+        Ok(upstream.map(|upstream| (upstream, wanted)))
     }
 
     fn address(&mut self, upstream: &Upstream, wanted: IpAddr) -> Decided<IpAddr> {

@@ -5,15 +5,19 @@ use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net};
 
-use crate::addr::{NamespacedHostname, NetworkAddress};
+use crate::addr::NamespacedHostname;
 use crate::authorization::Authorization;
 use crate::service::{HealthPolicy, Service};
-use crate::workload::{Health, NetworkMode, PolicyKey, PortMap, TunnelProtocol, Workload};
-use index::{CidrIndex, Index, NetworkAddressRef, PodName, PodNameRef, PolicyIndex};
+use crate::workload::{Health, PolicyKey, PortMap, TunnelProtocol, Workload};
+use batch::Batch;
+use index::{PolicyIndex, ServiceIndex, WorkloadIndex};
 use trie::Trie;
 
+mod batch;
 mod index;
 mod trie;
+
+pub use index::Roster;
 
 /// One step from a snapshot to the next.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,20 +46,12 @@ pub enum RequireWaypoint {
 /// Cloning copies a few pointers. Iterators have no particular order.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
-    workloads: Trie<Arc<str>, Arc<Workload>>,
-    by_address: Index<NetworkAddress, Arc<Workload>>,
-    by_pod_name: Index<PodName, Arc<Workload>>,
-    by_dns_name: Index<NamespacedHostname, Arc<Workload>>,
-    /// By service, whether or not that is known: its endpoints as workloads declare them.
-    members: Trie<NamespacedHostname, Trie<Arc<str>, Arc<Workload>>>,
-
-    services: Trie<NamespacedHostname, Arc<Service>>,
-    by_vip: Index<NetworkAddress, Arc<Service>>,
-    by_cidr: CidrIndex,
-    by_hostname: Index<Arc<str>, Arc<Service>>,
-    /// By the uid of a workload that the service names as its endpoint.
-    by_fixed_endpoint: Index<Arc<str>, Arc<Service>>,
-
+    /// By uid.
+    workloads: Trie<Workload>,
+    workload_index: WorkloadIndex,
+    /// By namespace and hostname.
+    services: Trie<Service>,
+    service_index: ServiceIndex,
     policies: PolicyIndex,
     require_waypoint: Arc<RequireWaypoint>,
 }
@@ -74,14 +70,34 @@ impl Snapshot {
     /// IPv4-mapped IPv6 addresses become plain IPv4.
     pub fn with(&self, changes: impl IntoIterator<Item = Change>) -> Snapshot {
         let mut next = self.clone();
+        let mut workloads = Batch::on(&self.workloads);
+        let mut services = Batch::on(&self.services);
+        let mut policies = Batch::on(&self.policies.by_key);
         for change in changes {
             match change {
-                Change::Workload(workload) => next.insert_workload(workload),
-                Change::RemoveWorkload(uid) => next.remove_workload(&uid),
-                Change::Service(service) => next.insert_service(service),
-                Change::RemoveService(key) => next.remove_service(&key),
-                Change::Authorization(policy) => next.policies.insert(policy),
-                Change::RemoveAuthorization(key) => next.policies.remove(&key),
+                Change::Workload(workload) => {
+                    let (hash, uid) = (self.workloads.hash(&*workload.uid), workload.uid.clone());
+                    workloads.insert(hash, canonical_workload(workload), |it| it.uid == uid);
+                }
+                Change::RemoveWorkload(uid) => {
+                    workloads.remove(self.workloads.hash(&*uid), |it| it.uid == uid);
+                }
+                Change::Service(service) => {
+                    let key = service.key();
+                    let hash = self.services.hash(&key);
+                    services.insert(hash, canonical_service(service), |it| is_called(it, &key));
+                }
+                Change::RemoveService(key) => {
+                    services.remove(self.services.hash(&key), |it| is_called(it, &key));
+                }
+                Change::Authorization(policy) => {
+                    let key = policy.key();
+                    let hash = self.policies.by_key.hash(&*key);
+                    policies.insert(hash, policy, |it| it.has_key(&key));
+                }
+                Change::RemoveAuthorization(key) => {
+                    policies.remove(self.policies.by_key.hash(&*key), |it| it.has_key(&key));
+                }
                 Change::RequireWaypoint(require) => {
                     if *next.require_waypoint != require {
                         next.require_waypoint = Arc::new(require);
@@ -89,6 +105,12 @@ impl Snapshot {
                 }
             }
         }
+        let (workloads, services) = (workloads.net(), services.net());
+        next.workload_index.apply(&workloads, &self.workloads);
+        next.workloads.apply(workloads.all().collect());
+        next.service_index.apply(&services);
+        next.services.apply(services.all().collect());
+        next.policies.apply(&policies.net());
         next
     }
 
@@ -101,42 +123,42 @@ impl Snapshot {
     }
 
     pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
-        self.workloads.get(uid)
+        self.workloads.find(self.workloads.hash(uid), |workload| *workload.uid == *uid)
     }
 
     /// The workload that owns an address. Of several: pods before others, then HBONE before plain
     /// TCP, then the latest. Workloads in the host's network own none.
     pub fn workload_at(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
-        let key = NetworkAddressRef { network, ip: ip.to_canonical() };
-        match self.by_address.get(&key) {
-            [only] => Some(only),
-            // `max_by_key` takes the last of equals.
-            several => several.iter().max_by_key(|workload| {
-                let hbone = workload.tunnel_protocol == TunnelProtocol::Hbone;
-                (workload.uid.contains("//Pod/"), hbone)
-            }),
-        }
+        // `max_by_key` takes the last of equals.
+        self.workload_index.at(network, ip.to_canonical()).max_by_key(|workload| {
+            let hbone = workload.tunnel_protocol == TunnelProtocol::Hbone;
+            (workload.uid.contains("//Pod/"), hbone)
+        })
     }
 
     /// The workload with this DNS name in this namespace.
     pub fn workload_named(&self, name: &NamespacedHostname) -> Option<&Arc<Workload>> {
-        self.by_dns_name.get(name).first()
+        self.workload_index.named(name)
     }
 
-    /// The workloads of the pods with this name, of any node.
-    pub fn workloads_of_pod(&self, namespace: &str, name: &str) -> &[Arc<Workload>] {
-        self.by_pod_name.get(&PodNameRef { namespace, name })
+    /// The workloads of the pods with this name, of any node, the latest last.
+    pub fn workloads_of_pod<'a>(
+        &'a self,
+        namespace: &str,
+        name: &str,
+    ) -> impl DoubleEndedIterator<Item = &'a Arc<Workload>> {
+        self.workload_index.of_pod(namespace, name)
     }
 
     /// The workload of a pod on `node`; on any node when that is empty.
-    pub fn local_workload(
-        &self,
+    pub fn local_workload<'a>(
+        &'a self,
         namespace: &str,
         name: &str,
         service_account: &str,
         node: &str,
-    ) -> Option<&Arc<Workload>> {
-        self.workloads_of_pod(namespace, name).iter().rev().find(|workload| {
+    ) -> Option<&'a Arc<Workload>> {
+        self.workload_index.of_pod(namespace, name).rfind(|workload| {
             *workload.service_account == *service_account
                 && (node.is_empty() || *workload.node == *node)
         })
@@ -151,23 +173,23 @@ impl Snapshot {
     }
 
     pub fn service(&self, key: &NamespacedHostname) -> Option<&Arc<Service>> {
-        self.services.get(key)
+        self.services.find(self.services.hash(key), |service| is_called(service, key))
     }
 
     /// The service that an address stands for, to a client of a namespace: among those with
     /// exactly this address as [`Snapshot::service_named`] chooses; else among those whose range
     /// holds it the client's own, then the narrowest, then a canonical one.
-    pub fn service_at(
-        &self,
+    pub fn service_at<'a>(
+        &'a self,
         network: &str,
         ip: IpAddr,
         client_namespace: Option<&str>,
-    ) -> Option<&Arc<Service>> {
+    ) -> Option<&'a Arc<Service>> {
         let ip = ip.to_canonical();
-        let exact = self.by_vip.get(&NetworkAddressRef { network, ip });
+        let exact = self.service_index.at(network, ip);
         best(exact, client_namespace).or_else(|| {
             let mut best = None;
-            for (length, service) in self.by_cidr.around(network, ip) {
+            for (length, service) in self.service_index.around(network, ip) {
                 let own = client_namespace == Some(&*service.namespace);
                 let rank = Some((own, length, service.canonical));
                 if is_visible(service, client_namespace) && rank > best.map(|(rank, _)| rank) {
@@ -180,44 +202,48 @@ impl Snapshot {
 
     /// The service with a hostname, to a client of a namespace: that namespace's own, else a
     /// canonical one, else the first. Without a client's namespace, visibility is not asked for.
-    pub fn service_named(
-        &self,
+    pub fn service_named<'a>(
+        &'a self,
         hostname: &str,
         client_namespace: Option<&str>,
-    ) -> Option<&Arc<Service>> {
-        best(self.by_hostname.get(hostname), client_namespace)
+    ) -> Option<&'a Arc<Service>> {
+        best(self.service_index.named(hostname), client_namespace)
     }
 
     /// The endpoints that may take traffic: those that workloads declare as far as the service's
     /// health policy lets them, and the service's own.
     pub fn endpoints<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = Endpoint<'a>> {
         let key = service.key();
-        let usable = |workload: &Workload| match service.health_policy() {
-            HealthPolicy::AllowAll => true,
-            HealthPolicy::OnlyHealthy => workload.status == Health::Healthy,
-        };
-        let members = self.members.get(&key);
-        let declared = members.into_iter().flat_map(Trie::values).filter_map({
+        let members = self.workload_index.members(&key);
+        let declared = members.filter_map({
             let key = key.clone();
-            move |workload| {
-                let ports = workload.services.get(&key)?;
-                usable(workload).then_some(Endpoint { workload, ports })
-            }
+            move |workload| declared_endpoint(service, &key, workload)
         });
         let fixed = service.fixed_endpoints.iter().filter_map(move |(uid, ports)| {
             let workload = self.workload(uid)?;
-            let is_declared = workload.services.contains_key(&key) && usable(workload);
+            let is_declared = declared_endpoint(service, &key, workload).is_some();
             (!is_declared).then_some(Endpoint { workload, ports })
         });
         declared.chain(fixed)
     }
 
+    /// How many workloads name the service as theirs, healthy or not.
+    pub fn declared_count(&self, service: &Service) -> usize {
+        self.workload_index.member_count(&service.key())
+    }
+
+    /// The workloads that name the service as theirs, healthy or not, in an array: to draw from.
+    pub fn roster(&self, service: &Service) -> Option<&Roster> {
+        self.workload_index.roster(&service.key())
+    }
+
     /// All workloads behind a service, healthy or not.
     pub fn members<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = &'a Arc<Workload>> {
         let key = service.key();
-        let declared = self.members.get(&key).into_iter().flat_map(Trie::values);
+        let declared = self.workload_index.members(&key);
         let fixed = service.fixed_endpoints.keys().filter_map(|uid| self.workload(uid));
-        declared.chain(fixed.filter(move |workload| !workload.services.contains_key(&key)))
+        let fixed = fixed.filter(move |workload| !workload.services.contains_key(&key));
+        declared.chain(fixed)
     }
 
     /// The known services that a workload is an endpoint of, healthy or not.
@@ -226,7 +252,7 @@ impl Snapshot {
         workload: &'a Workload,
     ) -> impl Iterator<Item = &'a Arc<Service>> {
         let declared = workload.services.keys().filter_map(|key| self.service(key));
-        let fixed = self.by_fixed_endpoint.get(&*workload.uid).iter();
+        let fixed = self.service_index.with_fixed(&workload.uid);
         declared.chain(fixed.filter(|service| !workload.services.contains_key(&service.key())))
     }
 
@@ -235,7 +261,8 @@ impl Snapshot {
     }
 
     pub fn policy(&self, key: &str) -> Option<&Arc<Authorization>> {
-        self.policies.by_key.get(key)
+        let by_key = &self.policies.by_key;
+        by_key.find(by_key.hash(key), |policy| policy.has_key(key))
     }
 
     /// Those that apply to every workload.
@@ -244,8 +271,11 @@ impl Snapshot {
     }
 
     /// Those that apply to every workload of a namespace.
-    pub fn namespace_policies(&self, namespace: &str) -> &[Arc<Authorization>] {
-        self.policies.by_namespace.get(namespace)
+    pub fn namespace_policies<'a>(
+        &'a self,
+        namespace: &str,
+    ) -> impl Iterator<Item = &'a Arc<Authorization>> {
+        self.policies.of_namespace(namespace)
     }
 
     /// Whether no policy came, went or changed between the two. Costs one comparison; two
@@ -257,111 +287,41 @@ impl Snapshot {
     pub fn require_waypoint(&self) -> &RequireWaypoint {
         &self.require_waypoint
     }
-
-    fn insert_workload(&mut self, mut workload: Workload) {
-        for ip in &mut workload.addresses {
-            *ip = ip.to_canonical();
-        }
-        if self.workload(&workload.uid).is_some_and(|known| **known == workload) {
-            return;
-        }
-        self.remove_workload(&workload.uid.clone());
-        let workload = Arc::new(workload);
-        for key in addresses(&workload) {
-            self.by_address.insert(key, workload.clone());
-        }
-        self.by_pod_name.insert(pod_name(&workload), workload.clone());
-        if let Some(name) = dns_name(&workload) {
-            self.by_dns_name.insert(name, workload.clone());
-        }
-        for service in workload.services.keys() {
-            match self.members.get_mut(service) {
-                Some(members) => {
-                    members.insert(workload.uid.clone(), workload.clone());
-                }
-                None => {
-                    let mut members = Trie::default();
-                    members.insert(workload.uid.clone(), workload.clone());
-                    self.members.insert(service.clone(), members);
-                }
-            }
-        }
-        self.workloads.insert(workload.uid.clone(), workload);
-    }
-
-    fn remove_workload(&mut self, uid: &str) {
-        let Some(workload) = self.workloads.remove(uid) else { return };
-        for key in addresses(&workload) {
-            self.by_address.remove(&key, &workload);
-        }
-        self.by_pod_name.remove(&pod_name(&workload), &workload);
-        if let Some(name) = dns_name(&workload) {
-            self.by_dns_name.remove(&name, &workload);
-        }
-        for service in workload.services.keys() {
-            let Some(members) = self.members.get_mut(service) else { continue };
-            members.remove(uid);
-            if members.len() == 0 {
-                self.members.remove(service);
-            }
-        }
-    }
-
-    fn insert_service(&mut self, mut service: Service) {
-        for vip in &mut service.vips {
-            vip.ip = vip.ip.to_canonical();
-        }
-        for range in &mut service.cidr_vips {
-            range.cidr = canonical_range(range.cidr);
-        }
-        let key = service.key();
-        if self.service(&key).is_some_and(|known| **known == service) {
-            return;
-        }
-        self.remove_service(&key);
-        let service = Arc::new(service);
-        for vip in &service.vips {
-            self.by_vip.insert(vip.clone(), service.clone());
-        }
-        self.by_cidr.insert(&service);
-        self.by_hostname.insert(service.hostname.clone(), service.clone());
-        for uid in service.fixed_endpoints.keys() {
-            self.by_fixed_endpoint.insert(uid.clone(), service.clone());
-        }
-        self.services.insert(key, service);
-    }
-
-    fn remove_service(&mut self, key: &NamespacedHostname) {
-        let Some(service) = self.services.remove(key) else { return };
-        for vip in &service.vips {
-            self.by_vip.remove(vip, &service);
-        }
-        self.by_cidr.remove(&service);
-        self.by_hostname.remove(&service.hostname, &service);
-        for uid in service.fixed_endpoints.keys() {
-            self.by_fixed_endpoint.remove(uid, &service);
-        }
-    }
 }
 
-/// The keys under which a workload is found by address.
-fn addresses(workload: &Workload) -> impl Iterator<Item = NetworkAddress> {
-    let own: &[IpAddr] = match workload.network_mode {
-        NetworkMode::Standard => &workload.addresses,
-        NetworkMode::HostNetwork => &[],
+/// A workload as the endpoint of a service that it names as its own, if it may take traffic.
+pub(crate) fn declared_endpoint<'a>(
+    service: &Service,
+    key: &NamespacedHostname,
+    workload: &'a Arc<Workload>,
+) -> Option<Endpoint<'a>> {
+    let is_usable = match service.health_policy() {
+        HealthPolicy::AllowAll => true,
+        HealthPolicy::OnlyHealthy => workload.status == Health::Healthy,
     };
-    own.iter().map(|ip| NetworkAddress { network: workload.network.clone(), ip: *ip })
+    let ports = workload.services.get(key)?;
+    is_usable.then_some(Endpoint { workload, ports })
 }
 
-fn pod_name(workload: &Workload) -> PodName {
-    PodName { namespace: workload.namespace.clone(), name: workload.name.clone() }
+fn is_called(service: &Service, key: &NamespacedHostname) -> bool {
+    service.hostname == key.hostname && service.namespace == key.namespace
 }
 
-fn dns_name(workload: &Workload) -> Option<NamespacedHostname> {
-    (!workload.hostname.is_empty()).then(|| NamespacedHostname {
-        namespace: workload.namespace.clone(),
-        hostname: workload.hostname.clone(),
-    })
+fn canonical_workload(mut workload: Workload) -> Workload {
+    for ip in &mut workload.addresses {
+        *ip = ip.to_canonical();
+    }
+    workload
+}
+
+fn canonical_service(mut service: Service) -> Service {
+    for vip in &mut service.vips {
+        vip.ip = vip.ip.to_canonical();
+    }
+    for range in &mut service.cidr_vips {
+        range.cidr = canonical_range(range.cidr);
+    }
+    service
 }
 
 /// The length of `::ffff:0:0/96`, in which IPv4-mapped addresses lie (RFC 4291 section 2.5.5.2).
@@ -384,10 +344,10 @@ fn is_visible(service: &Service, client_namespace: Option<&str>) -> bool {
 
 /// Of candidates in the order in which they came.
 fn best<'a>(
-    candidates: &'a [Arc<Service>],
+    candidates: impl DoubleEndedIterator<Item = &'a Arc<Service>> + Clone,
     client_namespace: Option<&str>,
 ) -> Option<&'a Arc<Service>> {
-    let visible = || candidates.iter().filter(|service| is_visible(service, client_namespace));
+    let visible = || candidates.clone().filter(|service| is_visible(service, client_namespace));
     visible()
         .rfind(|service| client_namespace == Some(&*service.namespace))
         .or_else(|| visible().rfind(|service| service.canonical))

@@ -1,10 +1,13 @@
 //! What one decision may look at, and how it says what it still lacks.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use crate::addr::{NamespacedHostname, NetworkAddress};
 use crate::snapshot::Snapshot;
+use crate::workload::{GatewayAddress, GatewayDestination};
 
 /// Everything a decision knows of the world. Borrowed for one decision, never kept.
 #[derive(Clone, Copy, Debug)]
@@ -16,7 +19,73 @@ pub struct View<'a> {
     pub node: &'a str,
     pub enrolled: &'a Enrolled,
     pub answers: &'a Answers,
+    pub coverage: Coverage,
 }
+
+/// How much of the mesh the snapshot tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Coverage {
+    /// All of it: what is missing does not exist.
+    Whole,
+    /// What was asked for: what is missing may be had for the asking.
+    OnDemand,
+}
+
+impl View<'_> {
+    /// Whether what the snapshot lacks does not exist, as far as anybody knows.
+    pub(crate) fn confirm_absent(&self, key: ResourceKey) -> Result<(), Stop<Unanswered>> {
+        match (self.coverage, self.answers.resources.get(&key)) {
+            (Coverage::Whole, _) | (Coverage::OnDemand, Some(Fetched::Answered)) => Ok(()),
+            (Coverage::OnDemand, Some(Fetched::Unanswered)) => Err(Unanswered(key).into()),
+            (Coverage::OnDemand, None) => Err(Stop::Need(Need::Resource(key))),
+        }
+    }
+}
+
+/// The name under which the control plane is asked for one thing (delta xDS,
+/// `resource_names_subscribe`).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum ResourceKey {
+    /// Whatever has this address. Written `network/ip`.
+    Address(NetworkAddress),
+    /// A service, or else a workload. Written `namespace/hostname`.
+    Hostname(NamespacedHostname),
+    /// A workload.
+    Uid(Arc<str>),
+}
+
+impl fmt::Display for ResourceKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ResourceKey::Address(address) => address.fmt(f),
+            ResourceKey::Hostname(hostname) => hostname.fmt(f),
+            ResourceKey::Uid(uid) => uid.fmt(f),
+        }
+    }
+}
+
+impl From<&GatewayAddress> for ResourceKey {
+    fn from(reference: &GatewayAddress) -> Self {
+        match &reference.destination {
+            GatewayDestination::Address(address) => ResourceKey::Address(address.clone()),
+            GatewayDestination::Hostname(hostname) => ResourceKey::Hostname(hostname.clone()),
+        }
+    }
+}
+
+/// What came of asking the control plane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fetched {
+    /// It has told all it knows; what the snapshot lacks now does not exist.
+    Answered,
+    /// Nothing came in time.
+    Unanswered,
+}
+
+/// Nobody knows whether there is such a thing: nothing may be concluded from its absence.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the control plane did not tell about {0}")]
+pub struct Unanswered(pub ResourceKey);
 
 /// The uids of the workloads that are enrolled at this agent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -48,6 +117,7 @@ impl FromIterator<Arc<str>> for Enrolled {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Answers {
     dns: HashMap<Arc<str>, Vec<IpAddr>>,
+    resources: HashMap<ResourceKey, Fetched>,
 }
 
 impl Answers {
@@ -55,6 +125,11 @@ impl Answers {
     pub fn note_dns(&mut self, name: Arc<str>, addresses: Vec<IpAddr>) {
         let addresses = addresses.into_iter().map(|ip| ip.to_canonical()).collect();
         self.dns.insert(name, addresses);
+    }
+
+    /// Notes that the control plane was asked.
+    pub fn note_resource(&mut self, key: ResourceKey, fetched: Fetched) {
+        self.resources.insert(key, fetched);
     }
 
     /// `None`: not asked yet.
@@ -68,6 +143,8 @@ impl Answers {
 pub enum Need {
     /// The addresses of a DNS name, as the agent's own resolver sees them.
     Dns(Arc<str>),
+    /// What the control plane knows by this name. Only where it tells on demand.
+    Resource(ResourceKey),
 }
 
 /// A decision, or what it lacks.

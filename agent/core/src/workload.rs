@@ -1,12 +1,12 @@
 //! Workloads: the pods and other endpoints of the mesh.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::addr::{NamespacedHostname, NetworkAddress};
 use crate::identity::Identity;
+use crate::sorted::SortedMap;
 
 /// One workload, as `istio.workload.Workload` describes it. The `uid` is its key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,7 +36,7 @@ pub struct Workload {
     pub native_tunnel: bool,
     pub application_tunnel: Option<ApplicationTunnel>,
     /// The services it is an endpoint of, each with its service port → target port map.
-    pub services: BTreeMap<NamespacedHostname, PortMap>,
+    pub services: Memberships,
     /// Policies that apply to it by name, whatever their scope.
     pub authorization_policies: Vec<PolicyKey>,
     pub status: Health,
@@ -62,7 +62,10 @@ impl Workload {
 
 /// Service port → target port. As a service's own map, target 0 stands for a named port, which
 /// each endpoint then translates.
-pub type PortMap = BTreeMap<u16, u16>;
+pub type PortMap = SortedMap<u16, u16>;
+
+/// The services of a workload.
+pub type Memberships = SortedMap<NamespacedHostname, PortMap>;
 
 /// The `namespace/name` of an authorization policy.
 pub type PolicyKey = Arc<str>;

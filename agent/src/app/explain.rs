@@ -56,7 +56,7 @@ fn find_source(node: &Node, snapshot: &Snapshot, src: &str) -> Result<Arc<Worklo
     }
     match src.split_once('/') {
         Some((namespace, name)) => {
-            snapshot.workloads_of_pod(namespace, name).first().cloned().ok_or_else(unknown)
+            snapshot.workloads_of_pod(namespace, name).next().cloned().ok_or_else(unknown)
         }
         None => Err(ExplainError::Source(src.to_owned())),
     }
@@ -252,6 +252,7 @@ impl Story {
             identity: &identity,
             authority,
             forwarded_host: None,
+            header_to: node.options.header_to,
         };
         match decide(node, |view| admit::admit(view, &inbound)).await {
             Err(refusal) => self.refused("admit", &refusal.to_string(), "destination agent"),

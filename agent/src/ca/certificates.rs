@@ -14,8 +14,8 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::entries::{CertificateState, Entries, Found, Now, Request};
-use super::{CaError, IdentitySource};
-use crate::tls::WorkloadCertificate;
+use super::{AnswerFault, CaError, IdentityChanges, IdentitySource};
+use crate::tls::{Issued, Trust, WorkloadCertificate};
 
 /// Requests to the authority at one time.
 pub(super) const MAX_REQUESTS: usize = 8;
@@ -33,7 +33,8 @@ pub type Clock = Arc<dyn Fn() -> OffsetDateTime + Send + Sync>;
 /// The cache of workload certificates, by identity.
 ///
 /// An identity is known from its first [`fetch`](Self::fetch) or [`prefetch`](Self::prefetch) until
-/// [`forget`](Self::forget). While known, its certificate is renewed around its half life, and asked for
+/// [`forget`](Self::forget). One that was never prefetched, or fetched after it was forgotten, is also
+/// dropped when nobody asks for it any more. While known, its certificate is renewed around its half life, and asked for
 /// again after failures; an old certificate serves as long as it is valid. What is past its end is never
 /// handed out. Dropping the cache ends all of its requests.
 pub struct Certificates {
@@ -44,15 +45,22 @@ pub struct Certificates {
 struct Shared {
     entries: Mutex<Entries>,
     clock: Clock,
+    trust: Trust,
     /// Woken when there may be something to request earlier than the worker thinks.
     asked: Notify,
 }
 
 impl Certificates {
-    /// Starts the cache's worker on the current tokio runtime. `random` spreads requests over time.
-    pub fn start(source: Arc<dyn IdentitySource>, clock: Clock, random: StdRng) -> Self {
+    /// Starts the cache's worker on the current tokio runtime. `trust` goes into every certificate;
+    /// `random` spreads requests over time.
+    pub fn start(
+        source: Arc<dyn IdentitySource>,
+        trust: Trust,
+        clock: Clock,
+        random: StdRng,
+    ) -> Self {
         let entries = Mutex::new(Entries::new(random));
-        let shared = Arc::new(Shared { entries, clock, asked: Notify::new() });
+        let shared = Arc::new(Shared { entries, clock, trust, asked: Notify::new() });
         let worker = Worker {
             shared: shared.clone(),
             source,
@@ -98,6 +106,12 @@ impl Certificates {
         self.shared.entries.lock().forget(identity);
     }
 
+    /// Prefetches and forgets what a step of the mesh made needed and unneeded.
+    pub fn settle(&self, due: &IdentityChanges) {
+        due.prefetch.iter().for_each(|identity| self.prefetch(identity));
+        due.forget.iter().for_each(|identity| self.forget(identity));
+    }
+
     /// All known identities, sorted, with what is cached for each.
     pub fn states(&self) -> Vec<CertificateState> {
         let now = self.shared.now();
@@ -138,7 +152,8 @@ impl Worker {
         while self.requests.len() < MAX_REQUESTS
             && let Some(request) = entries.start_next(now)
         {
-            let issued = issue(self.source.clone(), request.identity.clone());
+            let shared = self.shared.clone();
+            let issued = issue(shared, self.source.clone(), request.identity.clone());
             self.running.insert(self.requests.spawn(issued).id(), request);
         }
         match self.requests.len() < MAX_REQUESTS {
@@ -157,6 +172,7 @@ impl Worker {
         let answer = answer.map_err(|error| {
             error.unwrap_or_else(|| CaError::Failed {
                 identity: request.identity.clone(),
+                ca: self.source.authority(),
                 reason: "the request panicked".to_owned(),
             })
         });
@@ -165,14 +181,49 @@ impl Worker {
     }
 }
 
+/// Asks the source, and accepts only what was asked for.
 async fn issue(
+    shared: Arc<Shared>,
     source: Arc<dyn IdentitySource>,
     identity: Identity,
 ) -> Result<WorkloadCertificate, CaError> {
     match timeout(REQUEST_LIMIT, source.issue(&identity)).await {
-        Ok(answer) => answer,
-        Err(_) => Err(CaError::TimedOut { identity, seconds: REQUEST_LIMIT.as_secs() }),
+        Ok(answer) => {
+            let now = shared.now().wall;
+            accept(&identity, answer?, &shared.trust, now).map_err(|fault| CaError::Answer {
+                identity,
+                ca: source.authority(),
+                fault,
+            })
+        }
+        Err(_) => {
+            let (ca, seconds) = (source.authority(), REQUEST_LIMIT.as_secs());
+            Err(CaError::TimedOut { identity, ca, seconds })
+        }
     }
+}
+
+/// An authority may sign what nobody asked for; a connection of this node must not prove it.
+fn accept(
+    wanted: &Identity,
+    issued: Issued,
+    trust: &Trust,
+    now: OffsetDateTime,
+) -> Result<WorkloadCertificate, AnswerFault> {
+    let certificate = WorkloadCertificate::new(issued, trust)
+        .map_err(|reason| AnswerFault::Unusable(reason.into()))?;
+    if certificate.identity() != wanted {
+        return Err(AnswerFault::WrongIdentity(certificate.identity().clone()));
+    }
+    let (begin, end) = (certificate.not_before(), certificate.not_after());
+    if now < begin {
+        return Err(AnswerFault::NotYetValid { from: begin, now });
+    }
+    if now >= end {
+        return Err(AnswerFault::Expired { at: end });
+    }
+    certificate.verify_own_path(now).map_err(AnswerFault::Path)?;
+    Ok(certificate)
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use time::OffsetDateTime;
 
 use super::root::{BACKDATED, Root, RootError};
 use super::{CaError, IdentitySource, Refusal};
-use crate::tls::WorkloadCertificate;
+use crate::tls::Issued;
 
 /// Whether a certificate may be issued here: whether a workload of this node has the identity now.
 pub type MayIssue = Arc<dyn Fn(&Identity) -> bool + Send + Sync>;
@@ -66,19 +66,18 @@ impl EmbeddedCa {
         }
     }
 
-    fn sign(&self, identity: &Identity) -> Result<WorkloadCertificate, CaError> {
+    fn sign(&self, identity: &Identity) -> Result<Issued, CaError> {
         self.permitted(identity)
             .map_err(|reason| CaError::Refused { identity: identity.clone(), reason })?;
-        let failed = |reason| CaError::Failed { identity: identity.clone(), reason };
+        let failed =
+            |reason| CaError::Failed { identity: identity.clone(), ca: self.authority(), reason };
 
         let now = OffsetDateTime::now_utc();
         if self.root.not_after <= now {
             return Err(failed(format!("root certificate expired at {}", self.root.not_after)));
         }
         let (leaf, key) = self.leaf(identity, now).map_err(|error| failed(error.to_string()))?;
-        WorkloadCertificate::new(vec![leaf], key, vec![self.root.certificate.clone()]).map_err(
-            |reason| CaError::Unusable { identity: identity.clone(), reason: reason.into() },
-        )
+        Ok(Issued { chain: vec![leaf], key, roots: vec![self.root.certificate.clone()] })
     }
 
     /// A new leaf and its key (PKCS#8), both DER.
@@ -105,10 +104,11 @@ impl EmbeddedCa {
 }
 
 impl IdentitySource for EmbeddedCa {
-    fn issue<'a>(
-        &'a self,
-        identity: &'a Identity,
-    ) -> BoxFuture<'a, Result<WorkloadCertificate, CaError>> {
+    fn authority(&self) -> Arc<str> {
+        "the embedded authority".into()
+    }
+
+    fn issue<'a>(&'a self, identity: &'a Identity) -> BoxFuture<'a, Result<Issued, CaError>> {
         Box::pin(async move { self.sign(identity) })
     }
 }

@@ -17,6 +17,10 @@ use super::CaError;
 use super::schedule::{refresh_at, retry_in, until};
 use crate::tls::{CertificateSummary, WorkloadCertificate};
 
+/// Failures in a row, some eight minutes, after which nobody is taken to wait for an identity that no
+/// workload of this node has.
+const ABANDONED_AFTER: u32 = 10;
+
 /// A timer for a moment further away than this is set to it; certificates may last for centuries.
 const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -98,6 +102,10 @@ struct Entry {
     failure: Option<Arc<CaError>>,
     /// Failures in a row.
     failures: u32,
+    /// A workload of this node has the identity.
+    expected: bool,
+    /// Somebody asked for it since the last answer.
+    used: bool,
     /// The next request; none while one runs.
     queued: Option<Queued>,
     answered: watch::Sender<()>,
@@ -123,7 +131,8 @@ impl Entries {
 
     /// What a connection gets now; asks for it if that is neither a certificate nor a failure.
     pub(super) fn find(&mut self, identity: &Identity, now: Now) -> Found {
-        if let Some(entry) = self.by_identity.get(identity) {
+        if let Some(entry) = self.by_identity.get_mut(identity) {
+            entry.used = true;
             match (entry.valid(now), &entry.failure) {
                 (Some(certificate), _) => return Found::Certificate(certificate.clone()),
                 (None, Some(failure)) => return Found::Failure(failure.clone()),
@@ -131,6 +140,7 @@ impl Entries {
             }
         }
         let entry = self.ask(identity, Priority::RealTime, now);
+        entry.used = true;
         // A certificate that expired before its renewal does not wait for that.
         if let Some(queued) = entry.queued.as_mut() {
             queued.due = queued.due.min(now.timer);
@@ -141,6 +151,7 @@ impl Entries {
     /// Asks for it without anyone waiting. A refusal is no reason to wait for the next retry.
     pub(super) fn expect_use(&mut self, identity: &Identity, now: Now) {
         let entry = self.ask(identity, Priority::Warmup, now);
+        entry.expected = true;
         let refused = matches!(entry.failure.as_deref(), Some(CaError::Refused { .. }));
         if let Some(queued) = entry.queued.as_mut().filter(|_| refused) {
             queued.due = queued.due.min(now.timer);
@@ -157,6 +168,8 @@ impl Entries {
                 certificate: None,
                 failure: None,
                 failures: 0,
+                expected: false,
+                used: false,
                 queued: Some(Queued { priority, due: now.timer, renewal: None }),
                 answered: watch::Sender::new(()),
             }
@@ -202,8 +215,14 @@ impl Entries {
         if entry.birth != request.birth {
             return;
         }
+        if entry.is_abandoned() {
+            tracing::debug!(%identity, "nobody asks for the certificate any more");
+            self.by_identity.remove(identity);
+            return;
+        }
+        entry.used = false;
         let spread = self.random.random_range(-1.0..=1.0);
-        match answer.and_then(|certificate| acceptable(identity, certificate, now)) {
+        match answer {
             Ok(certificate) => {
                 let (begin, end) = (certificate.not_before(), certificate.not_after());
                 let renewal = refresh_at(begin, end, now.wall, spread);
@@ -234,6 +253,13 @@ impl Entries {
 }
 
 impl Entry {
+    /// A connection that outlived its workload may have asked after the identity was forgotten. Such an
+    /// entry ends with its certificate, or when it has failed for a while.
+    fn is_abandoned(&self) -> bool {
+        let for_long = self.certificate.is_some() || self.failures >= ABANDONED_AFTER;
+        !self.expected && !self.used && for_long
+    }
+
     fn renew_at(&mut self, renewal: OffsetDateTime, now: Now) {
         let due = now.timer + until(now.wall, renewal).min(FAR);
         self.queued = Some(Queued { priority: Priority::Background, due, renewal: Some(renewal) });
@@ -261,21 +287,5 @@ impl Entry {
         let cert_chain = certificate.map(|certificate| certificate.chain()).unwrap_or_default();
         let roots = certificate.map(|certificate| certificate.roots()).unwrap_or_default();
         CertificateState { identity, state, cert_chain, roots }
-    }
-}
-
-/// Refuses what is for someone else or already over.
-fn acceptable(
-    wanted: &Identity,
-    certificate: WorkloadCertificate,
-    now: Now,
-) -> Result<WorkloadCertificate, CaError> {
-    if certificate.identity() != wanted {
-        let (wanted, issued) = (wanted.clone(), certificate.identity().clone());
-        return Err(CaError::WrongIdentity { wanted, issued });
-    }
-    match now.wall < certificate.not_after() {
-        true => Ok(certificate),
-        false => Err(CaError::Expired { identity: wanted.clone() }),
     }
 }

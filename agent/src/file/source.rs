@@ -14,7 +14,7 @@ use super::error::FileError;
 use super::mesh::{Invalid, Mesh, diff};
 use super::place::find;
 use super::section::{CulvertSection, fixed_at_start};
-use super::watch::{DirectoryWatch, Fingerprint};
+use crate::watch::{DirectoryWatch, Fingerprint};
 
 /// The largest file that is read, in bytes.
 pub const MAX_BYTES: u64 = 512 << 20;

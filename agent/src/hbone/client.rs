@@ -13,6 +13,7 @@ use http::{HeaderMap, Request, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep};
+use tokio_util::sync::CancellationToken;
 
 use super::keepalive::KeepAlive;
 use super::stream::{HboneStream, Place};
@@ -26,6 +27,9 @@ const SETTLE: std::time::Duration = std::time::Duration::from_millis(100);
 /// How long an idle connection has to say good-bye.
 const GOODBYE: std::time::Duration = std::time::Duration::from_secs(5);
 
+/// How long the streams of a connection that is cut off have to end by themselves.
+const CUT_OFF: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// A CONNECT that did not lead to a stream.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
@@ -38,6 +42,9 @@ pub enum RequestError {
     Unprocessed(h2::Error),
     #[error("h2 failed: {0}")]
     Failed(h2::Error),
+    /// The connection was cut off before the answer; see [`Driver::run`].
+    #[error("the tunnel connection was cut off")]
+    CutOff,
 }
 
 /// An accepted CONNECT.
@@ -45,6 +52,8 @@ pub struct Accepted {
     pub stream: HboneStream,
     /// The headers of the 200.
     pub headers: HeaderMap,
+    /// Cancelled when the connection is cut off and the stream has to end at once.
+    pub cut_off: CancellationToken,
 }
 
 /// A handle to one connection; its streams go on when it is dropped.
@@ -62,6 +71,7 @@ pub(super) struct Shared {
     streams_per_connection: usize,
     /// Told whenever a stream ends.
     freed: Arc<Notify>,
+    cut_off: CancellationToken,
 }
 
 impl Shared {
@@ -116,14 +126,19 @@ impl Connection {
         let mut send = self.send.clone().ready().await.map_err(RequestError::Unprocessed)?;
         let (answer, stream) =
             send.send_request(request, false).map_err(RequestError::Unprocessed)?;
-        let (head, body) = answer.await.map_err(failure)?.into_parts();
+        let answer = tokio::select! {
+            answer = answer => answer.map_err(failure)?,
+            () = self.shared.cut_off.cancelled() => return Err(RequestError::CutOff),
+        };
+        let (head, body) = answer.into_parts();
         if head.status != StatusCode::OK {
             let headers = Box::new(head.headers);
             return Err(RequestError::Refused { status: head.status, headers });
         }
         let place: Place = Some(Box::new(place));
         let stream = HboneStream::new(stream, body, self.shared.peer.clone(), place);
-        Ok(Accepted { stream, headers: head.headers })
+        let cut_off = self.shared.cut_off.clone();
+        Ok(Accepted { stream, headers: head.headers, cut_off })
     }
 }
 
@@ -172,6 +187,7 @@ where
         ended: AtomicBool::new(false),
         streams_per_connection: settings.streams_per_connection,
         freed,
+        cut_off: CancellationToken::new(),
     });
     let driver = Driver {
         connection,
@@ -258,6 +274,23 @@ impl<T> Driver<T> {
     }
 }
 
+impl<T: AsyncRead + AsyncWrite + Unpin> Driver<T> {
+    /// Moves the connection until it ends, or until it is to be cut off.
+    ///
+    /// Then nothing new is opened on it, its streams are told ([`Accepted::cut_off`]), and it is
+    /// dropped as soon as they have ended, at the latest after a second.
+    pub async fn run(mut self, cut_off: impl Future<Output = ()>) {
+        tokio::select! {
+            () = &mut self => return,
+            () = cut_off => {}
+        }
+        self.shared.ended.store(true, Relaxed);
+        self.shared.freed.notify_waiters();
+        self.shared.cut_off.cancel();
+        let _ = tokio::time::timeout(CUT_OFF, self).await;
+    }
+}
+
 impl<T: AsyncRead + AsyncWrite + Unpin> Future for Driver<T> {
     /// The connection has ended; its streams know why.
     type Output = ();
@@ -270,7 +303,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Future for Driver<T> {
         this.poll_settled(cx);
         let silent = this.keepalive.poll_unanswered(cx).is_ready();
         let idle = this.poll_idle(cx).is_ready();
-        if ended || broken || silent || idle {
+        let cut_off = this.shared.cut_off.is_cancelled() && this.shared.open_streams() == 0;
+        if ended || broken || silent || idle || cut_off {
             return Poll::Ready(());
         }
         Poll::Pending

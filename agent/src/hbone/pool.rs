@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use culvert_core::addr::HboneAddr;
 use culvert_core::identity::Identity;
+use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
@@ -35,6 +36,20 @@ pub struct PoolKey {
     pub next_hop: HboneAddr,
     /// The address of the pod that is seen by the next hop.
     pub source_ip: IpAddr,
+}
+
+/// A verified connection to a next hop.
+pub struct Dialled<T> {
+    pub io: T,
+    /// Ready when the connection must not be used any longer, whatever is open on it.
+    pub cut_off: BoxFuture<'static, ()>,
+}
+
+/// Never cut off.
+impl<T> From<T> for Dialled<T> {
+    fn from(io: T) -> Self {
+        Self { io, cut_off: Box::pin(std::future::pending()) }
+    }
 }
 
 /// A CONNECT through the pool that failed; `E` is the error of the dial closure.
@@ -103,7 +118,7 @@ impl Pool {
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
         D: Fn() -> F,
-        F: Future<Output = Result<T, E>>,
+        F: Future<Output = Result<Dialled<T>, E>>,
     {
         let mut attempts = 0;
         loop {
@@ -141,7 +156,7 @@ impl Pool {
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
         D: Fn() -> F,
-        F: Future<Output = Result<T, E>>,
+        F: Future<Output = Result<Dialled<T>, E>>,
     {
         loop {
             let (key, hop) = self.hop(key).ok_or(ConnectError::Closed)?;
@@ -158,14 +173,16 @@ impl Pool {
             if let Some(found) = hop.pick(&self.shared.settings) {
                 return Ok(found);
             }
-            let io = dial().await.map_err(ConnectError::Dial)?;
+            let Dialled { io, cut_off } = dial().await.map_err(ConnectError::Dial)?;
             let (connection, mut driver) =
                 client::handshake_with(io, &self.shared.settings, hop.freed.clone())
                     .await
                     .map_err(ConnectError::Handshake)?;
             let place = connection.shared.take_place();
             driver.hold_until_settled(Box::new(guard));
-            self.shared.start(key, &hop, connection.clone(), driver).ok_or(ConnectError::Closed)?;
+            self.shared
+                .start(key, &hop, connection.clone(), driver, cut_off)
+                .ok_or(ConnectError::Closed)?;
             return Ok((connection, place));
         }
     }
@@ -235,6 +252,7 @@ impl PoolShared {
         hop: &Arc<Hop>,
         connection: Connection,
         mut driver: client::Driver<T>,
+        cut_off: BoxFuture<'static, ()>,
     ) -> Option<()>
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -250,7 +268,7 @@ impl PoolShared {
             return None;
         }
         let task = tokio::spawn(async move {
-            driver.await;
+            driver.run(cut_off).await;
             retire(&pool, &ended_key, id);
             if let Some(pool) = pool.upgrade() {
                 pool.table.lock().drivers.remove(&id);

@@ -71,7 +71,7 @@ impl Peer {
         Self { foreign: Some((stream, connection)), ..Self::default() }
     }
 
-    pub(crate) async fn dial(&self) -> Result<DuplexStream, &'static str> {
+    pub(crate) async fn dial(&self) -> Result<Dialled<DuplexStream>, &'static str> {
         self.dials.fetch_add(1, Relaxed);
         let (near, far) = tokio::io::duplex(256 << 10);
         let peer = self.clone();
@@ -84,7 +84,7 @@ impl Peer {
                 }
             }
         });
-        Ok(near)
+        Ok(near.into())
     }
 
     pub(crate) fn dialled(&self) -> usize {

@@ -1,6 +1,7 @@
 //! Inbound tunnels: mutual TLS, then one CONNECT for each connection to the application.
 
 use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,9 +14,10 @@ use culvert_core::workload::Workload;
 use http::{HeaderMap, Method, StatusCode};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::accept::tune;
-use crate::connections::{Direction, Guard, LiveConnection, Protocol};
+use crate::connections::{Direction, Guard, LiveConnection, PEER_REVOKED, Protocol};
 use crate::decide::decide;
 use crate::drain::DrainWatch;
 use crate::hbone::headers::{Baggage, ReceivedHeaders};
@@ -29,6 +31,9 @@ use crate::tls;
 
 /// How long the streams of a pod that leaves the mesh may go on: until their own end.
 const UNLIMITED: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// How long a tunnel connection may last when its peer was revoked and its streams have ended.
+const GOODBYE: Duration = Duration::from_millis(500);
 
 /// Serves one TCP connection to port 15008 of `pod`.
 pub(super) async fn serve(
@@ -55,27 +60,51 @@ pub(super) async fn serve(
     drop(local);
     let (stream, identity) = match tls::accept(tcp, &certificate, tls::HANDSHAKE_LIMIT).await {
         Ok(accepted) => accepted,
-        Err(error) => return failed(&format_args!("tls handshake with {peer} failed: {error}")),
+        Err(error) => {
+            if error.is_revoked() {
+                node.telemetry.crl_rejected(Reporter::Destination);
+            }
+            return failed(&format_args!("tls handshake with {peer} failed: {error}"));
+        }
     };
-    let addressed = own.ip().to_canonical();
-    let tunnel =
-        Arc::new(Tunnel { node: node.clone(), pod: pod.clone(), peer, addressed, identity });
+    let watch = certificate.watch_client(&stream);
+    if watch.is_untracked() {
+        node.telemetry.crl_untracked(Reporter::Destination);
+    }
+    let revoked = CancellationToken::new();
+    let tunnel = Arc::new(Tunnel {
+        node: node.clone(),
+        pod: pod.clone(),
+        peer,
+        addressed: own.ip().to_canonical(),
+        identity,
+        revoked: revoked.clone(),
+    });
     let streams = drain.clone();
     let handler = move |request| tunnel.clone().answer(request, streams.clone());
-    let served = hbone::serve(stream, &node.tunnels, handler, leaving(&pod, drain));
+    let leaving = leaving(&pod, drain, revoked.clone());
+    let mut served = pin!(hbone::serve(stream, &node.tunnels, handler, leaving));
     tokio::select! {
-        served = served => match served {
+        served = &mut served => match served {
             Err(error) if error.is_fault_of_peer() => failed(&error),
             Err(error) => tracing::debug!(%peer, %error, "tunnel ended"),
             Ok(()) => {}
         },
         () = pod.is_gone() => {}
+        () = watch.revoked() => {
+            node.telemetry.crl_rejected(Reporter::Destination);
+            // Its streams end at once and tell why; then the peer is told, which must not take long.
+            revoked.cancel();
+            let _ = tokio::time::timeout(2 * GOODBYE, served).await;
+            failed(&PEER_REVOKED);
+        }
     }
 }
 
 /// When to tell the peer to go elsewhere; gives until when its streams may go on.
-async fn leaving(pod: &Pod, mut drain: DrainWatch) -> Instant {
+async fn leaving(pod: &Pod, mut drain: DrainWatch, revoked: CancellationToken) -> Instant {
     tokio::select! {
+        () = revoked.cancelled() => Instant::now() + GOODBYE,
         deadline = drain.begun() => deadline,
         () = pod.left() => Instant::now() + UNLIMITED,
     }
@@ -89,10 +118,15 @@ struct Tunnel {
     /// The pod's address that the peer dialled.
     addressed: IpAddr,
     identity: Identity,
+    /// Cancelled when the peer's certificate was revoked.
+    revoked: CancellationToken,
 }
 
 impl Tunnel {
     async fn answer(self: Arc<Self>, request: Request, drain: DrainWatch) {
+        if self.revoked.is_cancelled() {
+            return self.refuse(request, StatusCode::UNAUTHORIZED, &PEER_REVOKED);
+        }
         if *request.method() != Method::CONNECT {
             let why = format!("method {} is not CONNECT", request.method());
             return self.refuse(request, StatusCode::BAD_REQUEST, &why);
@@ -113,6 +147,7 @@ impl Tunnel {
             identity: &self.identity,
             authority: &authority,
             forwarded_host: headers.forwarded_host.as_deref(),
+            header_to: self.node.options.header_to,
         };
         match decide(&self.node, |view| admit::admit(view, &inbound)).await {
             Ok(admission) => {
@@ -158,7 +193,7 @@ impl Tunnel {
                 return open.close(Err(Failure::new(ResponseFlag::H2HandshakeFailure, error)));
             }
         };
-        let closing = Ends::of(&guard, drain, &self.pod);
+        let closing = Ends::of(&guard, drain, &self.pod).in_tunnel(self.revoked.clone());
         let counters = open.counters();
         let relayed = relay::hbone_tcp(stream, server, &*counters, closing.wait()).await;
         open.close(session::outcome(relayed));

@@ -102,6 +102,7 @@ impl Flow<'_> {
             identity: source,
             authority: &authority,
             forwarded_host: hostname.as_deref(),
+            header_to: node.options.header_to,
         };
         let admission = decide(node, |view| admit::admit(view, &request)).await?;
         Ok((pod, admission))

@@ -8,17 +8,20 @@ use culvert_core::addr::HboneAddr;
 use culvert_core::identity::Identity;
 use culvert_core::route::Tunnel;
 use culvert_core::workload::Workload;
+use futures_util::future::BoxFuture;
 use http::StatusCode;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_util::sync::CancellationToken;
 
 use super::Captured;
 use crate::accept::{reset, tune};
 use crate::ca::CaError;
-use crate::connections::{Direction, LiveConnection, Protocol};
+use crate::connections::{Direction, LiveConnection, PEER_REVOKED, Protocol};
 use crate::dial;
 use crate::hbone::client::{Accepted, RequestError};
 use crate::hbone::headers::{Baggage, ConnectHeaders, Forwarded, TraceParent};
 use crate::hbone::pool::ConnectError;
-use crate::hbone::{HboneStream, PoolKey};
+use crate::hbone::{Dialled, HboneStream, PoolKey};
 use crate::node::Node;
 use crate::pods::Pod;
 use crate::relay;
@@ -60,14 +63,14 @@ pub(super) async fn carry(captured: Captured<'_>, tunnel: Tunnel, next_hop: Arc<
         counters: open.counters(),
     });
     let caller = Caller { node, pod, source: &source, identity, client: client.addr(), hostname };
-    let stream = match caller.open(&tunnel).await {
-        Ok(stream) => stream,
+    let Opened { stream, cut_off } = match caller.open(&tunnel).await {
+        Ok(opened) => opened,
         Err(error) => {
             reset(tcp);
             return open.close(Err(error.into()));
         }
     };
-    let closing = Ends::of(&guard, drain, pod);
+    let closing = Ends::of(&guard, drain, pod).in_tunnel(cut_off);
     let counters = open.counters();
     let relayed = relay::tcp_hbone(tcp, stream, &*counters, closing.wait()).await;
     open.close(session::outcome(relayed));
@@ -83,8 +86,15 @@ struct Caller<'a> {
     hostname: Option<Arc<str>>,
 }
 
+/// A stream to the destination.
+struct Opened {
+    stream: HboneStream,
+    /// Cancelled when a peer of the tunnel, or of the one around it, is revoked.
+    cut_off: CancellationToken,
+}
+
 impl Caller<'_> {
-    async fn open(&self, tunnel: &Tunnel) -> Result<HboneStream, TunnelError> {
+    async fn open(&self, tunnel: &Tunnel) -> Result<Opened, TunnelError> {
         // Even with a tunnel at hand, a pod without a valid certificate sends nothing.
         let certificate = self.node.certificates.fetch(&self.identity).await;
         let certificate = certificate.map_err(TunnelError::Identity)?;
@@ -98,8 +108,8 @@ impl Caller<'_> {
         let dial = || self.dial(tunnel.via, &tunnel.expect, &certificate);
         let accepted = self.pod.pool.connect(&key, &headers, dial).await?;
         match &tunnel.inner {
-            None => Ok(accepted.stream),
-            Some(inner) => self.open_inner(inner, accepted.stream, &certificate).await,
+            None => Ok(Opened { stream: accepted.stream, cut_off: accepted.cut_off }),
+            Some(inner) => self.open_inner(inner, accepted, &certificate).await,
         }
     }
 
@@ -108,22 +118,62 @@ impl Caller<'_> {
     async fn open_inner(
         &self,
         tunnel: &Tunnel,
-        outer: HboneStream,
+        outer: Accepted,
         certificate: &WorkloadCertificate,
-    ) -> Result<HboneStream, TunnelError> {
-        let limit = tls::HANDSHAKE_LIMIT;
-        let secured = tls::connect(outer, certificate, &tunnel.expect, limit).await;
-        let secured = secured.map_err(DialError::Tls)?;
+    ) -> Result<Opened, TunnelError> {
+        let secured = self.secure(outer.stream, &tunnel.expect, certificate).await?;
+        let revoked = self.revoked(certificate, &secured);
+        let outer_cut_off = outer.cut_off;
+        let cut_off = async move {
+            tokio::select! {
+                () = revoked => {}
+                () = outer_cut_off.cancelled() => {}
+            }
+        };
         let settings = &self.node.tunnels;
         let (connection, driver) = crate::hbone::client::handshake(secured, settings)
             .await
             .map_err(|error| TunnelError::Tunnel(error.to_string()))?;
-        tokio::spawn(driver);
+        tokio::spawn(driver.run(cut_off));
         let network = self.node.network.clone();
         let request = self.headers(tunnel, Some(network)).request();
         let request = request.map_err(|error| TunnelError::Tunnel(error.to_string()))?;
-        let Accepted { stream, .. } = connection.connect(request).await?;
-        Ok(stream)
+        let Accepted { stream, cut_off, .. } = connection.connect(request).await?;
+        Ok(Opened { stream, cut_off })
+    }
+
+    async fn secure<S>(
+        &self,
+        stream: S,
+        expect: &[Identity],
+        certificate: &WorkloadCertificate,
+    ) -> Result<ClientStream<S>, DialError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let secured = tls::connect(stream, certificate, expect, tls::HANDSHAKE_LIMIT).await;
+        secured.map_err(|error| {
+            if error.is_revoked() {
+                self.node.telemetry.crl_rejected(Reporter::Source);
+            }
+            DialError::Tls(error)
+        })
+    }
+
+    /// Ready when the server of the connection is revoked.
+    fn revoked<S>(
+        &self,
+        certificate: &WorkloadCertificate,
+        stream: &ClientStream<S>,
+    ) -> BoxFuture<'static, ()> {
+        let (watch, telemetry) = (certificate.watch_server(stream), self.node.telemetry.clone());
+        if watch.is_untracked() {
+            telemetry.crl_untracked(Reporter::Source);
+        }
+        Box::pin(async move {
+            watch.revoked().await;
+            telemetry.crl_rejected(Reporter::Source);
+        })
     }
 
     fn headers(&self, tunnel: &Tunnel, network: Option<Arc<str>>) -> ConnectHeaders {
@@ -141,14 +191,16 @@ impl Caller<'_> {
         via: HboneAddr,
         expect: &[Identity],
         certificate: &WorkloadCertificate,
-    ) -> Result<ClientStream, DialError> {
+    ) -> Result<Dialled<ClientStream>, DialError> {
         // Waypoints judge by the source address: it is the client's where the families agree.
         let source = Some(self.client.ip()).filter(|ip| ip.is_ipv4() == via.ip().is_ipv4());
         let (netns, capture) = (&self.pod.netns, &self.node.capture);
         let tcp = dial::dial_out(netns, capture, source, via.addr()).await;
         let tcp = tcp.map_err(DialError::Tcp)?;
         tune(&tcp, self.node.keepalive);
-        tls::connect(tcp, certificate, expect, tls::HANDSHAKE_LIMIT).await.map_err(DialError::Tls)
+        let io = self.secure(tcp, expect, certificate).await?;
+        let cut_off = self.revoked(certificate, &io);
+        Ok(Dialled { io, cut_off })
     }
 }
 
@@ -172,6 +224,8 @@ enum TunnelError {
     Io(#[from] DialError),
     #[error("tls error: {0}")]
     TlsSetUp(TlsError),
+    #[error("{}", PEER_REVOKED)]
+    PeerRevoked,
     #[error("http status: {status}{reason}")]
     Status { status: StatusCode, reason: String },
     #[error("{0}")]
@@ -208,6 +262,7 @@ impl From<RequestError> for TunnelError {
                 });
                 TunnelError::Status { status, reason }
             }
+            RequestError::CutOff => TunnelError::PeerRevoked,
             error @ (RequestError::Unprocessed(_) | RequestError::Failed(_)) => {
                 TunnelError::Tunnel(error.to_string())
             }
@@ -222,6 +277,7 @@ impl From<TunnelError> for Failure {
             TunnelError::TimedOut(_) => ResponseFlag::NetworkPolicy,
             TunnelError::TlsSetUp(_) => ResponseFlag::TlsFailure,
             TunnelError::Tunnel(_) => ResponseFlag::H2HandshakeFailure,
+            TunnelError::PeerRevoked => ResponseFlag::CertRevoked,
             TunnelError::Io(_) | TunnelError::Status { .. } => ResponseFlag::Connect,
         };
         Failure::new(flag, error.to_string())

@@ -107,7 +107,10 @@ async fn tunnel(upstream: TcpStream, counts: Arc<Counts>) -> (Pool, HboneStream)
     });
     let pool = Pool::new(Settings::default());
     let near = Mutex::new(Some(near));
-    let dial = || std::future::ready(near.lock().unwrap().take().ok_or("dialled twice"));
+    let dial = || {
+        let near = near.lock().unwrap().take();
+        std::future::ready(near.map(Into::into).ok_or("dialled twice"))
+    };
     let accepted = pool.connect(&key(1), &headers(ECHO), dial).await.unwrap();
     (pool, accepted.stream)
 }

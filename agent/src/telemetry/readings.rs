@@ -170,7 +170,7 @@ impl Reading for DroppedLines {
 }
 
 /// Negative when `later` is before `earlier`.
-fn seconds_between(earlier: SystemTime, later: SystemTime) -> f64 {
+pub(super) fn seconds_between(earlier: SystemTime, later: SystemTime) -> f64 {
     match later.duration_since(earlier) {
         Ok(elapsed) => elapsed.as_secs_f64(),
         Err(reversed) => -reversed.duration().as_secs_f64(),

@@ -14,8 +14,31 @@ use time::macros::format_description;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 
-use super::config;
+use super::revocation::{PeerWatch, Role};
 use super::verify::{self, ServerVerifier};
+use super::{ClientStream, ServerStream, Trust, config};
+
+/// What an authority issued, everything as DER.
+#[derive(Clone)]
+pub struct Issued {
+    /// Leaf first, without its root.
+    pub chain: Vec<Vec<u8>>,
+    /// PKCS#8.
+    pub key: Vec<u8>,
+    /// What peers are verified against, perhaps several.
+    pub roots: Vec<Vec<u8>>,
+}
+
+/// Without the key.
+impl fmt::Debug for Issued {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (chain, roots) = (self.chain.len(), self.roots.len());
+        f.debug_struct("Issued")
+            .field("chain", &chain)
+            .field("roots", &roots)
+            .finish_non_exhaustive()
+    }
+}
 
 /// A key with its certificate chain and the roots to verify peers with.
 ///
@@ -30,17 +53,15 @@ pub struct WorkloadCertificate {
     server: Arc<ServerConfig>,
     client: ClientConfig,
     verifier: ServerVerifier,
+    anchors: Arc<RootCertStore>,
+    trust: Trust,
 }
 
 impl WorkloadCertificate {
-    /// From DER: the chain leaf first and without its root, the key as PKCS#8, and the roots.
-    ///
-    /// A root that cannot serve as a trust anchor is left out as long as another can.
-    pub fn new(
-        chain: Vec<Vec<u8>>,
-        key: Vec<u8>,
-        roots: Vec<Vec<u8>>,
-    ) -> Result<Self, UnusableCertificate> {
+    /// A root that cannot serve as a trust anchor is left out as long as another can. Peers are also
+    /// judged by `trust`, as it is during their handshake.
+    pub fn new(issued: Issued, trust: &Trust) -> Result<Self, UnusableCertificate> {
+        let Issued { chain, key, roots } = issued;
         let chain = chain.into_iter().map(Described::read).collect::<Result<Vec<_>, _>>()?;
         let leaf = chain.first().ok_or(UnusableCertificate::EmptyChain)?;
         let identity = leaf.identity()?;
@@ -53,14 +74,44 @@ impl WorkloadCertificate {
         let key = CertifiedKey::from_der(sent, key, &provider)
             .map_err(|reason| UnusableCertificate::Key { identity: identity.clone(), reason })?;
         let (key, anchors) = (Arc::new(key), Arc::new(anchors));
-        let verifier =
-            ServerVerifier::new(anchors.clone(), provider.signature_verification_algorithms);
-        let server = config::server(&provider, &key, &anchors, &identity.trust_domain)
+        let algorithms = provider.signature_verification_algorithms;
+        let verifier = ServerVerifier::new(anchors.clone(), algorithms, trust.clone());
+        let server = config::server(&provider, &key, &anchors, &identity.trust_domain, trust)
             .map_err(UnusableCertificate::Configuration)?;
         let client = config::client(&provider, &key, verifier.clone())
             .map_err(UnusableCertificate::Configuration)?;
-        let server = Arc::new(server);
-        Ok(Self { identity, chain, roots, not_before, not_after, server, client, verifier })
+        Ok(Self {
+            identity,
+            chain,
+            roots,
+            not_before,
+            not_after,
+            server: Arc::new(server),
+            client,
+            verifier,
+            anchors,
+            trust: trust.clone(),
+        })
+    }
+
+    /// Whether peers that have the same roots would accept this chain at `now`, in both roles.
+    ///
+    /// The error says what is wrong with it.
+    pub fn verify_own_path(&self, now: OffsetDateTime) -> Result<(), String> {
+        let chain: Vec<_> = self.chain.iter().map(|described| described.der.clone()).collect();
+        verify::own_path(&chain, &self.anchors, now)
+    }
+
+    /// Watches the client of a connection that was accepted with this certificate.
+    pub fn watch_client<S>(&self, stream: &ServerStream<S>) -> PeerWatch {
+        let chain = stream.get_ref().1.peer_certificates();
+        self.trust.revocations.watch(chain, &self.anchors, Role::Client)
+    }
+
+    /// Watches the server of a connection that was made with this certificate.
+    pub fn watch_server<S>(&self, stream: &ClientStream<S>) -> PeerWatch {
+        let chain = stream.get_ref().1.peer_certificates();
+        self.trust.revocations.watch(chain, &self.anchors, Role::Server)
     }
 
     /// Whom the leaf is for.

@@ -12,6 +12,7 @@ use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
+use super::Trust;
 use super::verify::{ClientVerifier, ServerVerifier};
 
 /// The only application protocol of HBONE (RFC 9113, section 3.2).
@@ -20,7 +21,7 @@ pub(super) const ALPN_H2: &[u8] = b"h2";
 /// The algorithms of mesh peers, best first; a server takes the first of the client's that it has.
 ///
 /// The post-quantum hybrid comes first so that its key share is in the first flight.
-pub(super) fn provider() -> CryptoProvider {
+pub(crate) fn provider() -> CryptoProvider {
     CryptoProvider {
         cipher_suites: vec![
             cipher_suite::TLS13_AES_256_GCM_SHA384,
@@ -41,21 +42,23 @@ pub(super) fn unsent_server_name() -> ServerName<'static> {
     ServerName::from(std::net::IpAddr::V4(Ipv4Addr::UNSPECIFIED))
 }
 
-/// How to accept peers of `trust_domain` under `roots`.
+/// How to accept peers of `trust_domain` under `roots`, as far as `trust` does.
 pub(super) fn server(
     provider: &Arc<CryptoProvider>,
     key: &Arc<CertifiedKey>,
     roots: &Arc<RootCertStore>,
     trust_domain: &Arc<str>,
+    trust: &Trust,
 ) -> Result<ServerConfig, rustls::Error> {
     let path = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
         // Naming our roots would make clients with an intermediate issuer withhold their certificate.
         .clear_root_hint_subjects()
         .build()
         .map_err(|error| rustls::Error::General(error.to_string()))?;
+    let verifier = ClientVerifier::new(path, roots.clone(), trust_domain.clone(), trust.clone());
     let mut config = ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&TLS13])?
-        .with_client_cert_verifier(Arc::new(ClientVerifier::new(path, trust_domain.clone())))
+        .with_client_cert_verifier(Arc::new(verifier))
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(key.clone())));
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});

@@ -49,6 +49,11 @@ impl TlsError {
         }
     }
 
+    /// Whether the peer was refused because its certificate is revoked.
+    pub fn is_revoked(&self) -> bool {
+        matches!(self, Self::Peer(PeerFault::Revoked))
+    }
+
     /// Reads the cause back out of the `io::Error` that the handshake future wraps it in.
     pub(super) fn from_handshake(error: io::Error) -> Self {
         let cause = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
@@ -81,6 +86,9 @@ pub enum PeerFault {
     Expired,
     #[error("its chain does not end at a root that we trust")]
     UntrustedRoot,
+    /// A list in force names a certificate of the chain (RFC 5280, section 5).
+    #[error("it was revoked by its authority")]
+    Revoked,
     /// Any other fault of the certification path (RFC 5280, section 6).
     #[error("{0}")]
     Path(String),

@@ -33,7 +33,7 @@ fn trusting(authority: &Authority) -> Arc<RootCertStore> {
 
 fn verifier(authority: &Authority, expect: &str) -> ServerVerifier {
     let algorithms = config::provider().signature_verification_algorithms;
-    ServerVerifier::new(trusting(authority), algorithms).expecting(&[id(expect)])
+    ServerVerifier::new(trusting(authority), algorithms, Trust::default()).expecting(&[id(expect)])
 }
 
 /// A client with any leaf at all, towards a server of ours.
@@ -56,8 +56,14 @@ async fn accepting_from(ours: &Authority, client: ClientConfig) -> Result<Identi
 /// A server with any leaf at all, towards a client of ours that expects `expect`.
 async fn connecting(ours: &Authority, leaf: &Leaf, expect: &[Identity]) -> Result<(), TlsError> {
     let provider = Arc::new(config::provider());
-    let server =
-        config::server(&provider, &leaf.certified(), &trusting(ours), &"td1".into()).unwrap();
+    let server = config::server(
+        &provider,
+        &leaf.certified(),
+        &trusting(ours),
+        &"td1".into(),
+        &Trust::default(),
+    )
+    .unwrap();
     let client = ours.workload(CLIENT);
     let (near, far) = duplex(16384);
     let peer = tokio::spawn(async move { TlsAcceptor::from(Arc::new(server)).accept(far).await });
@@ -176,8 +182,14 @@ async fn nobody_expected_means_nobody_accepted() {
     let ours = Authority::root("ours");
     let leaf = ours.leaf(Wanted::uris(&[X]));
     let provider = Arc::new(config::provider());
-    let server =
-        config::server(&provider, &leaf.certified(), &trusting(&ours), &"td1".into()).unwrap();
+    let server = config::server(
+        &provider,
+        &leaf.certified(),
+        &trusting(&ours),
+        &"td1".into(),
+        &Trust::default(),
+    )
+    .unwrap();
     let (near, far) = duplex(16384);
     let peer = tokio::spawn(async move { TlsAcceptor::from(Arc::new(server)).accept(far).await });
     let client = ours.workload(CLIENT);
@@ -189,7 +201,11 @@ async fn nobody_expected_means_nobody_accepted() {
     let client = config::client(
         &provider,
         &leaf.certified(),
-        ServerVerifier::new(trusting(&ours), provider.signature_verification_algorithms),
+        ServerVerifier::new(
+            trusting(&ours),
+            provider.signature_verification_algorithms,
+            Trust::default(),
+        ),
     );
     let (near, far) = duplex(16384);
     let server = ours.workload(SERVER);
@@ -271,8 +287,7 @@ async fn intermediate_is_sent_and_root_is_not() {
     let root = Authority::root("root");
     let middle = root.intermediate("middle");
     let leaf = middle.leaf(Wanted::uris(&[SERVER]));
-    let chain = vec![leaf.der, middle.der.clone()];
-    let server = WorkloadCertificate::new(chain, leaf.key, vec![root.der.clone()]).unwrap();
+    let server = leaf.workload(&[&middle], &[&root], &Trust::default());
     let client = root.workload(CLIENT);
     let (near, far) = duplex(16384);
     let expect = [id(SERVER)];
@@ -355,7 +370,9 @@ fn unusable_certificates_say_why() {
     let leaf = ours.leaf(Wanted::uris(&[X]));
     let other = ours.leaf(Wanted::uris(&[X]));
     let roots = || vec![ours.der.clone()];
-    let made = |chain, key, roots| WorkloadCertificate::new(chain, key, roots).unwrap_err();
+    let made = |chain, key, roots| {
+        WorkloadCertificate::new(Issued { chain, key, roots }, &Trust::default()).unwrap_err()
+    };
     assert!(matches!(made(vec![], leaf.key.clone(), roots()), UnusableCertificate::EmptyChain));
     let error = made(vec![leaf.der.clone()], other.key, roots());
     assert!(matches!(error, UnusableCertificate::Key { .. }), "{error}");
@@ -374,12 +391,126 @@ fn summary_is_pem_with_decimal_serial_and_whole_seconds() {
     let not_before = time::macros::datetime!(2026-03-01 00:00:00 UTC);
     let not_after = time::macros::datetime!(2026-03-02 00:00:00 UTC);
     let leaf = ours.leaf(Wanted { not_before, not_after, ..Wanted::uris(&[X]) });
-    let certificate =
-        WorkloadCertificate::new(vec![leaf.der], leaf.key, vec![ours.der.clone()]).unwrap();
+    let certificate = leaf.workload(&[], &[&ours], &Trust::default());
     let [summary] = certificate.chain().try_into().unwrap();
     assert_eq!(summary.valid_from, "2026-03-01T00:00:00Z");
     assert_eq!(summary.expiration, "2026-03-02T00:00:00Z");
     assert!(summary.serial.bytes().all(|digit| digit.is_ascii_digit()));
     assert_eq!(summary.pem.replace("\r\n", "\n"), leaf.pem);
     assert_eq!(certificate.roots().len(), 1);
+}
+
+fn aliased() -> Trust {
+    let domains = TrustDomains::new("td1".into(), ["old".into()]);
+    Trust { domains, ..Trust::default() }
+}
+
+async fn handshake(
+    server: &WorkloadCertificate,
+    client: &WorkloadCertificate,
+    expect: &str,
+) -> (
+    Result<(ServerStream<DuplexStream>, Identity), TlsError>,
+    Result<ClientStream<DuplexStream>, TlsError>,
+) {
+    let (near, far) = duplex(16384);
+    let expect = [id(expect)];
+    tokio::join!(
+        accept(near, server, HANDSHAKE_LIMIT),
+        connect(far, client, &expect, HANDSHAKE_LIMIT)
+    )
+}
+
+#[tokio::test]
+async fn alias_of_the_trust_domain_counts_as_ours_and_is_told_as_presented() {
+    const OLD: &str = "spiffe://old/ns/a/sa/x";
+    let root = Authority::root("root");
+    let ours = root.workload_trusting(X, &[&root], &aliased());
+    let old = root.workload_trusting(OLD, &[&root], &aliased());
+    let foreign = root.workload_trusting(FOREIGN, &[&root], &aliased());
+    // As server, both ways.
+    assert_eq!(handshake(&ours, &old, X).await.0.unwrap().1, id(OLD));
+    assert_eq!(handshake(&old, &ours, OLD).await.0.unwrap().1, id(X));
+    // As client: what is expected under one name may be presented under the other.
+    handshake(&old, &ours, X).await.1.unwrap();
+    handshake(&ours, &old, OLD).await.1.unwrap();
+    let other_account = fault(handshake(&old, &ours, "spiffe://td1/ns/a/sa/y").await.1);
+    assert!(matches!(other_account, PeerFault::Unexpected { .. }), "{other_account}");
+    // Whoever is of neither domain stays foreign, and our aliases mean nothing to such a workload.
+    let refused = fault(handshake(&ours, &foreign, X).await.0);
+    assert!(matches!(refused, PeerFault::ForeignTrustDomain { .. }), "{refused}");
+    let refused = fault(handshake(&foreign, &old, FOREIGN).await.0);
+    assert!(matches!(refused, PeerFault::ForeignTrustDomain { .. }), "{refused}");
+}
+
+#[tokio::test]
+async fn alias_brings_no_roots_with_it() {
+    let (ours, theirs) = (Authority::root("ours"), Authority::root("theirs"));
+    let server = ours.workload_trusting(X, &[&ours], &aliased());
+    let client = theirs.workload_trusting("spiffe://old/ns/a/sa/x", &[&ours, &theirs], &aliased());
+    assert_eq!(fault(handshake(&server, &client, X).await.0), PeerFault::UntrustedRoot);
+}
+
+#[tokio::test]
+async fn without_the_alias_the_old_name_is_foreign() {
+    let root = Authority::root("root");
+    let (ours, old) = (root.workload(X), root.workload("spiffe://old/ns/a/sa/x"));
+    let refused = fault(handshake(&ours, &old, X).await.0);
+    assert!(matches!(refused, PeerFault::ForeignTrustDomain { .. }), "{refused}");
+    let refused = fault(handshake(&old, &ours, X).await.1);
+    assert!(matches!(refused, PeerFault::Unexpected { .. }), "{refused}");
+}
+
+#[tokio::test]
+async fn roots_rotate_under_live_connections() {
+    let (old, new) = (Authority::root("old"), Authority::root("new"));
+    let plain = Trust::default();
+    let server_before = old.workload(SERVER);
+    let client_before = old.workload(CLIENT);
+    let (accepted, connected) = handshake(&server_before, &client_before, SERVER).await;
+    let (mut accepted, mut connected) = (accepted.unwrap().0, connected.unwrap());
+
+    // Both roots: peers of either are accepted, whichever signed our own.
+    let server_between = new.workload_trusting(SERVER, &[&old, &new], &plain);
+    let client_between = old.workload_trusting(CLIENT, &[&old, &new], &plain);
+    let (accepted_between, connected_between) =
+        handshake(&server_between, &client_between, SERVER).await;
+    let (mut accepted_between, mut connected_between) =
+        (accepted_between.unwrap().0, connected_between.unwrap());
+
+    // The new root only: the next handshake refuses the old one, in both roles.
+    let server_after = new.workload(SERVER);
+    let refused = fault(handshake(&server_after, &client_between, SERVER).await.0);
+    assert_eq!(refused, PeerFault::UntrustedRoot);
+    let client_after = new.workload(CLIENT);
+    let refused = fault(handshake(&server_before, &client_after, SERVER).await.1);
+    assert_eq!(refused, PeerFault::UntrustedRoot);
+    handshake(&server_after, &client_after, SERVER).await.0.unwrap();
+
+    for (near, far) in
+        [(&mut accepted, &mut connected), (&mut accepted_between, &mut connected_between)]
+    {
+        far.write_all(b"still").await.unwrap();
+        far.flush().await.unwrap();
+        let mut said = [0; 5];
+        near.read_exact(&mut said).await.unwrap();
+        assert_eq!(&said, b"still");
+    }
+}
+
+#[test]
+fn own_path_is_judged_as_peers_would() {
+    let (root, other) = (Authority::root("root"), Authority::root("other"));
+    let middle = root.intermediate("middle");
+    let now = OffsetDateTime::now_utc();
+    let plain = Trust::default();
+    let leaf = || middle.leaf(Wanted::uris(&[X]));
+    leaf().workload(&[&middle], &[&other, &root], &plain).verify_own_path(now).unwrap();
+    let cut = leaf().workload(&[], &[&root], &plain).verify_own_path(now);
+    assert_eq!(cut.unwrap_err(), "UnknownIssuer");
+    let strange = leaf().workload(&[&middle], &[&other], &plain).verify_own_path(now);
+    assert_eq!(strange.unwrap_err(), "UnknownIssuer");
+    let usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    let half = root.leaf(Wanted { usages, ..Wanted::uris(&[X]) });
+    half.workload(&[], &[&root], &plain).verify_own_path(now).unwrap_err();
 }

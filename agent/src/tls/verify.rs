@@ -1,11 +1,13 @@
 //! Who a peer is: its certification path, then the SPIFFE rules of each role.
 //!
 //! Names of hosts and addresses in a certificate mean nothing here. Both verifiers first let the TLS
-//! library validate the path (roots, validity, extended key usage) and only then look at identities.
+//! library validate the path (roots, validity, extended key usage), then ask whether any of it was
+//! revoked, and only then look at identities.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use culvert_core::identity::{Identity, InvalidIdentity};
+use culvert_core::identity::{Identity, InvalidIdentity, TrustDomains};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
@@ -13,22 +15,34 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme};
+use time::OffsetDateTime;
+use webpki::{EndEntityCert, KeyUsage};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer;
 
 use super::error::{PeerFault, TlsError};
+use super::revocation::Role;
+use super::{Trust, config};
 
-/// Verifies clients: one of their identities must be of our trust domain.
+/// Verifies clients: one of their identities must be of our trust domain, by its name or an alias.
 #[derive(Debug)]
 pub(super) struct ClientVerifier {
     path: Arc<dyn ClientCertVerifier>,
+    roots: Arc<RootCertStore>,
     trust_domain: Arc<str>,
+    trust: Trust,
 }
 
 impl ClientVerifier {
-    pub(super) fn new(path: Arc<dyn ClientCertVerifier>, trust_domain: Arc<str>) -> Self {
-        Self { path, trust_domain }
+    /// `path` validates to `roots`.
+    pub(super) fn new(
+        path: Arc<dyn ClientCertVerifier>,
+        roots: Arc<RootCertStore>,
+        trust_domain: Arc<str>,
+        trust: Trust,
+    ) -> Self {
+        Self { path, roots, trust_domain, trust }
     }
 }
 
@@ -48,7 +62,9 @@ impl ClientCertVerifier for ClientVerifier {
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
         let verified = self.path.verify_client_cert(leaf, intermediates, now)?;
-        of_trust_domain(leaf, &self.trust_domain).map_err(PeerFault::into_tls)?;
+        not_revoked(&self.trust, leaf, intermediates, &self.roots, Role::Client, now)
+            .and_then(|()| of_trust_domain(leaf, &self.trust_domain, &self.trust.domains))
+            .map_err(PeerFault::into_tls)?;
         Ok(verified)
     }
 
@@ -80,17 +96,22 @@ impl ClientCertVerifier for ClientVerifier {
 pub(super) struct ServerVerifier {
     roots: Arc<RootCertStore>,
     algorithms: WebPkiSupportedAlgorithms,
+    trust: Trust,
     expected: Vec<Identity>,
 }
 
 impl ServerVerifier {
     /// Refuses everyone until [`Self::expecting`] says who is expected.
-    pub(super) fn new(roots: Arc<RootCertStore>, algorithms: WebPkiSupportedAlgorithms) -> Self {
-        Self { roots, algorithms, expected: Vec::new() }
+    pub(super) fn new(
+        roots: Arc<RootCertStore>,
+        algorithms: WebPkiSupportedAlgorithms,
+        trust: Trust,
+    ) -> Self {
+        Self { roots, algorithms, trust, expected: Vec::new() }
     }
 
     pub(super) fn expecting(&self, expected: &[Identity]) -> Self {
-        Self { roots: self.roots.clone(), algorithms: self.algorithms, expected: expected.to_vec() }
+        Self { expected: expected.to_vec(), ..self.clone() }
     }
 }
 
@@ -110,7 +131,9 @@ impl ServerCertVerifier for ServerVerifier {
             now,
             self.algorithms.all,
         )?;
-        one_expected(leaf, &self.expected).map_err(PeerFault::into_tls)?;
+        not_revoked(&self.trust, leaf, intermediates, &self.roots, Role::Server, now)
+            .and_then(|()| one_expected(leaf, &self.expected, &self.trust.domains))
+            .map_err(PeerFault::into_tls)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -137,6 +160,24 @@ impl ServerCertVerifier for ServerVerifier {
     }
 }
 
+/// Whether a chain of our own ends at one of `roots` and may serve in both roles at `now`.
+pub(super) fn own_path(
+    chain: &[CertificateDer<'_>],
+    roots: &RootCertStore,
+    now: OffsetDateTime,
+) -> Result<(), String> {
+    let (leaf, intermediates) = chain.split_first().ok_or("it is empty")?;
+    let leaf = EndEntityCert::try_from(leaf).map_err(|reason| reason.to_string())?;
+    let algorithms = config::provider().signature_verification_algorithms.all;
+    let now = u64::try_from(now.unix_timestamp()).unwrap_or_default();
+    let now = UnixTime::since_unix_epoch(Duration::from_secs(now));
+    for usage in [KeyUsage::client_auth(), KeyUsage::server_auth()] {
+        leaf.verify_for_usage(algorithms, &roots.roots, intermediates, now, usage, None, None)
+            .map_err(|reason| format!("{reason:?}"))?;
+    }
+    Ok(())
+}
+
 /// The identity that authorization sees: the first of the verified leaf, whichever one let it in.
 pub(super) fn principal(chain: Option<&[CertificateDer<'_>]>) -> Result<Identity, TlsError> {
     let leaf = chain.and_then(<[_]>::first).ok_or(TlsError::Peer(PeerFault::NoCertificate))?;
@@ -144,20 +185,46 @@ pub(super) fn principal(chain: Option<&[CertificateDer<'_>]>) -> Result<Identity
     found.into_iter().next().ok_or(TlsError::Peer(PeerFault::NoIdentity { found: Vec::new() }))
 }
 
-fn of_trust_domain(leaf: &CertificateDer<'_>, own: &str) -> Result<(), PeerFault> {
+fn not_revoked(
+    trust: &Trust,
+    leaf: &CertificateDer<'_>,
+    intermediates: &[CertificateDer<'_>],
+    roots: &RootCertStore,
+    role: Role,
+    now: UnixTime,
+) -> Result<(), PeerFault> {
+    let Some(lists) = trust.revocations.current() else { return Ok(()) };
+    let chain: Vec<_> = std::iter::once(leaf).chain(intermediates).cloned().collect();
+    match lists.revokes(&chain, &roots.roots, role, now) {
+        true => Err(PeerFault::Revoked),
+        false => Ok(()),
+    }
+}
+
+fn of_trust_domain(
+    leaf: &CertificateDer<'_>,
+    own: &str,
+    domains: &TrustDomains,
+) -> Result<(), PeerFault> {
     let found = identities(leaf)?;
-    match found.iter().any(|identity| &*identity.trust_domain == own) {
+    match found.iter().any(|identity| domains.are_one(&identity.trust_domain, own)) {
         true => Ok(()),
         false => Err(PeerFault::ForeignTrustDomain { found, own: own.to_owned() }),
     }
 }
 
-fn one_expected(leaf: &CertificateDer<'_>, expected: &[Identity]) -> Result<(), PeerFault> {
+fn one_expected(
+    leaf: &CertificateDer<'_>,
+    expected: &[Identity],
+    domains: &TrustDomains,
+) -> Result<(), PeerFault> {
     if expected.is_empty() {
         return Err(PeerFault::NothingExpected);
     }
     let found = identities(leaf)?;
-    match found.iter().any(|identity| expected.contains(identity)) {
+    let is_expected =
+        |identity| expected.iter().any(|wanted| domains.same_workload(wanted, identity));
+    match found.iter().any(is_expected) {
         true => Ok(()),
         false => Err(PeerFault::Unexpected { found, expected: expected.to_vec() }),
     }

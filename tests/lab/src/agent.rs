@@ -23,13 +23,16 @@ pub struct AgentOptions {
     pub log: String,
     /// Further arguments of `culvert run`.
     pub arguments: Vec<String>,
+    /// Further variables of its environment.
+    pub environment: Vec<(String, String)>,
 }
 
 impl AgentOptions {
     /// The ordinary way.
     pub fn new(binary: &Path, config: &Path) -> Self {
         let (binary, config) = (binary.to_owned(), config.to_owned());
-        Self { binary, config, log: "info".to_owned(), arguments: Vec::new() }
+        let (arguments, environment) = (Vec::new(), Vec::new());
+        Self { binary, config, log: "info".to_owned(), arguments, environment }
     }
 }
 
@@ -60,6 +63,7 @@ impl Agent {
         for name in ["RUST_LOG", "LOG_FORMAT", "CULVERT_CONFIG", "LOCAL_XDS_PATH", "NODE_NAME"] {
             command.env_remove(name);
         }
+        command.envs(options.environment.iter().map(|(name, value)| (name, value)));
         let process = place.start(&format!("agent-{}", node.name()), &mut command)?;
         Ok(Self { process, place, binary: options.binary.clone(), pin_path })
     }

@@ -12,11 +12,11 @@ const ROOMS: [(&[&str], &[&str]); 6] = [
     (&["aya", "aya_log", "aya_obj"], &["capture"]),
     (
         &["rustls", "tokio_rustls", "rustls_pki_types", "webpki", "x509_parser", "rcgen"],
-        &["tls", "ca"],
+        &["tls", "ca", "control"],
     ),
-    (&["h2", "hyper", "hyper_util"], &["hbone", "admin", "cli"]),
+    (&["h2", "hyper", "hyper_util"], &["hbone", "admin", "cli", "control"]),
     (&["clap", "comfy_table"], &["cli"]),
-    (&["prost", "prost_types", "tonic", "tonic_prost", "culvert_proto"], &["xds", "ca"]),
+    (&["prost", "prost_types", "tonic", "tonic_prost", "culvert_proto"], &["xds", "ca", "control"]),
     (&["serde_yaml_ng"], &["file", "config"]),
 ];
 

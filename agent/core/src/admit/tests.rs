@@ -5,7 +5,7 @@ use crate::addr::NetworkAddress;
 use crate::fixtures::*;
 use crate::service::{Visibility, WeightedWaypoint};
 use crate::snapshot::Change;
-use crate::view::{Answers, Enrolled};
+use crate::view::{Answers, Coverage, Enrolled, Fetched, Need};
 use crate::workload::ApplicationTunnel;
 
 const HOST: &str = "api.shop";
@@ -31,7 +31,14 @@ fn admitted(
 ) -> Result<Admission, Refusal> {
     let enrolled = Enrolled::default();
     let answers = Answers::default();
-    let view = View { snapshot, network: "n1", node: "", enrolled: &enrolled, answers: &answers };
+    let view = View {
+        snapshot,
+        network: "n1",
+        node: "",
+        enrolled: &enrolled,
+        answers: &answers,
+        coverage: Coverage::Whole,
+    };
     let inbound = Inbound {
         local,
         addressed: "10.1.0.7".parse().unwrap(),
@@ -39,6 +46,7 @@ fn admitted(
         identity: &"spiffe://cluster.local/ns/web/sa/front".parse().unwrap(),
         authority: &authority.parse().unwrap(),
         forwarded_host,
+        header_to: HeaderTo::Loopback,
     };
     match admit(&view, &inbound) {
         Step::Done(result) => result,
@@ -233,4 +241,106 @@ fn plaintext_goes_where_it_was_addressed_without_an_identity() {
     assert_eq!(&*admission.service.unwrap().name, "api");
     assert_eq!(plaintext("10.1.0.7:15001", "10.2.0.3:1"), Err(Refusal::SelfCall));
     assert_eq!(plaintext("10.1.0.7:80", "10.1.0.7:1").unwrap().from, DialFrom::Own);
+}
+
+/// Asks until it is decided; gives what was asked for, and the decision.
+fn on_demand(
+    local: &Workload,
+    authority: &str,
+    mut tell: impl FnMut(&str) -> (Snapshot, Fetched),
+) -> (Vec<String>, Result<Admission, Refusal>) {
+    let (mut snapshot, enrolled) = (snapshot([local.clone()], []), Enrolled::default());
+    let (mut answers, mut asked) = (Answers::default(), Vec::new());
+    loop {
+        let view = View {
+            snapshot: &snapshot,
+            network: "n1",
+            node: "",
+            enrolled: &enrolled,
+            answers: &answers,
+            coverage: Coverage::OnDemand,
+        };
+        let inbound = Inbound {
+            local,
+            addressed: "10.1.0.7".parse().unwrap(),
+            peer: "10.2.0.3:40000".parse().unwrap(),
+            identity: &"spiffe://cluster.local/ns/web/sa/front".parse().unwrap(),
+            authority: &authority.parse().unwrap(),
+            forwarded_host: None,
+            header_to: HeaderTo::Loopback,
+        };
+        match admit(&view, &inbound) {
+            Step::Done(result) => return (asked, result),
+            Step::Need(Need::Resource(key)) => {
+                assert!(!asked.contains(&key.to_string()), "asked twice for {key}");
+                let (next, fetched) = tell(&key.to_string());
+                asked.push(key.to_string());
+                answers.note_resource(key, fetched);
+                snapshot = next;
+            }
+            Step::Need(Need::Dns(name)) => panic!("no name is asked for: {name}"),
+        }
+    }
+}
+
+#[test]
+fn what_is_not_known_is_asked_for_once_and_then_refused() {
+    let mesh = || snapshot([local()], []);
+    for fetched in [Fetched::Answered, Fetched::Unanswered] {
+        let (asked, result) = on_demand(&local(), "10.1.0.9:80", |_| (mesh(), fetched));
+        assert_eq!(asked, ["n1/10.1.0.9"]);
+        assert_eq!(result.unwrap_err().status(), 400);
+        let (asked, result) = on_demand(&local(), "api.shop:80", |_| (mesh(), fetched));
+        assert_eq!(asked, ["shop/api.shop"]);
+        assert_eq!(result.unwrap_err().status(), 503);
+    }
+    let (asked, result) = on_demand(&local(), "10.1.0.7:80", |_| (mesh(), Fetched::Answered));
+    assert_eq!((asked.len(), result.is_ok()), (0, true));
+}
+
+#[test]
+fn a_name_and_a_waypoint_are_found_on_demand() {
+    let api = || service("shop", "api", &["10.96.0.10"], &[(80, 8080)]);
+    let whole = || snapshot([local()], [api()]);
+    let (_, result) = on_demand(&local(), "api.shop:80", |_| (whole(), Fetched::Answered));
+    assert_eq!(result.unwrap().to.port(), 8080);
+
+    let gate = pod("shop", "wp", &["10.1.0.7"]).behind("shop/waypoint.shop", &[]);
+    let bound = Service { waypoint: Some(by_hostname("shop/waypoint.shop")), ..api() };
+    let waypoint = service("shop", "waypoint", &[], &[(15008, 15008)]);
+    let (asked, result) = on_demand(&gate, "10.96.0.10:80", |key| {
+        let mut services = vec![bound.clone()];
+        services.extend((key == "shop/waypoint.shop").then(|| waypoint.clone()));
+        (snapshot([gate.clone()], services), Fetched::Answered)
+    });
+    assert_eq!(asked, ["n1/10.96.0.10", "shop/waypoint.shop"]);
+    assert_eq!(result.unwrap().to.to_string(), "10.1.0.7:80");
+}
+
+#[test]
+fn a_header_goes_to_the_own_address_where_the_operator_says_so() {
+    let local = tunnelled(ApplicationTunnelProtocol::Proxy, Some(15088));
+    let snapshot = mesh(&local);
+    let (enrolled, answers) = (Enrolled::default(), Answers::default());
+    let view = View {
+        snapshot: &snapshot,
+        network: "n1",
+        node: "",
+        enrolled: &enrolled,
+        answers: &answers,
+        coverage: Coverage::Whole,
+    };
+    let inbound = Inbound {
+        local: &local,
+        addressed: "10.1.0.7".parse().unwrap(),
+        peer: "10.2.0.3:40000".parse().unwrap(),
+        identity: &"spiffe://cluster.local/ns/web/sa/front".parse().unwrap(),
+        authority: &"10.9.9.9:80".parse().unwrap(),
+        forwarded_host: None,
+        header_to: HeaderTo::Address,
+    };
+    let Step::Done(Ok(admission)) = admit(&view, &inbound) else { panic!("not admitted") };
+    assert_eq!(admission.to.to_string(), "10.1.0.7:15088");
+    assert_eq!(admission.from, DialFrom::Client("10.2.0.3".parse().unwrap()));
+    assert!(admission.proxy.is_some());
 }

@@ -134,6 +134,43 @@ fn draws_follow_the_weights() {
 }
 
 #[test]
+fn draws_among_many_follow_the_weights_and_pass_over_who_is_not_usable() {
+    // A third weighs 1, a third 3, a third nothing; every fifth is unhealthy, one cannot be dialled.
+    let member = |number: u32| Workload {
+        capacity: [1, 3, 0][number as usize % 3],
+        status: if number.is_multiple_of(5) { Health::Unhealthy } else { Health::Healthy },
+        addresses: if number == 1 { vec![] } else { vec!["10.1.0.7".parse().unwrap()] },
+        ..pod("shop", &format!("e{number}"), &[]).behind(API, &[])
+    };
+    let service = Arc::new(api(None));
+    let snapshot = snapshot((0..300).map(member), [api(None)]);
+    assert_eq!(snapshot.declared_count(&service), 300);
+    let mut random = StdRng::seed_from_u64(11);
+    let mut hits = std::collections::HashMap::new();
+    for _ in 0..20_000 {
+        let chosen =
+            choose_endpoint(&snapshot, &source(), &service, 80, Mode::Standard, &mut random);
+        let name = chosen.unwrap().workload.name.clone();
+        *hits.entry(name[1..].parse::<u32>().unwrap()).or_insert(0) += 1;
+    }
+    assert!(hits.keys().all(|number| number % 5 != 0 && number % 3 != 2 && *number != 1));
+    let of_weight = |rest| -> u32 {
+        hits.iter().filter(|(number, _)| *number % 3 == rest).map(|(_, hits)| hits).sum()
+    };
+    let share = f64::from(of_weight(1)) / f64::from(of_weight(0));
+    assert!((2.7..3.3).contains(&share), "{share}");
+    assert_eq!(hits.len(), 159);
+}
+
+#[test]
+fn a_zone_of_the_same_name_in_another_region_matches() {
+    let far = Workload { locality: locality("elsewhere", "z", "s"), ..endpoint(3) };
+    let strict = api(Some(balancer(BalanceMode::Strict, &[Scope::Zone])));
+    let chosen = choose(vec![far], strict, 80, Mode::Standard).unwrap();
+    assert_eq!(&*chosen.workload.name, "e3");
+}
+
+#[test]
 fn ports_translate_as_the_vectors_say() {
     let tunnel =
         ApplicationTunnel { protocol: ApplicationTunnelProtocol::Proxy, port: Some(15088) };
@@ -207,6 +244,7 @@ fn address_of(
     match choose_address(answers, &upstream, wanted.parse().unwrap(), &mut random) {
         Ok(ip) => Ok(ip.to_string()),
         Err(Stop::Need(Need::Dns(name))) => Err(format!("need {name}")),
+        Err(Stop::Need(Need::Resource(key))) => panic!("no resource is asked for: {key}"),
         Err(Stop::Failed(error)) => Err(error.to_string()),
     }
 }

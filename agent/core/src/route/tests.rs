@@ -10,7 +10,10 @@ use super::*;
 use crate::fixtures::*;
 use crate::service::{BalanceMode, WeightedWaypoint};
 use crate::snapshot::{Change, Snapshot};
-use crate::view::{Answers, Enrolled, Need};
+use crate::view::{Answers, Coverage, Enrolled, Fetched, Need};
+
+mod on_demand;
+mod vectors;
 
 const API: &str = "shop/api.shop";
 const WAYPOINT: &str = "shop/waypoint.shop";
@@ -51,7 +54,14 @@ fn run(
     enrolled: &Enrolled,
 ) -> Result<Routed, NoRoute> {
     let answers = Answers::default();
-    let view = View { snapshot, network: "n1", node: "", enrolled, answers: &answers };
+    let view = View {
+        snapshot,
+        network: "n1",
+        node: "",
+        enrolled,
+        answers: &answers,
+        coverage: Coverage::Whole,
+    };
     let destination = OriginalDst::new(to.parse().unwrap());
     let client = source.addresses.first().copied().unwrap();
     let request = Outbound { source, client, destination };
@@ -468,6 +478,8 @@ proptest! {
         to in 0..6u8,
         port in prop::sample::select(vec![80, 443, 15008]),
         absent in any::<bool>(),
+        on_demand in any::<bool>(),
+        unanswered in any::<bool>(),
         seed in any::<u64>(),
         reseed in any::<bool>(),
     ) {
@@ -477,6 +489,8 @@ proptest! {
         let request = Outbound { source: &source, client: source.addresses[0], destination };
         let enrolled = Enrolled::default();
         let mut answers = Answers::default();
+        let coverage = if on_demand { Coverage::OnDemand } else { Coverage::Whole };
+        let fetched = if unanswered { Fetched::Unanswered } else { Fetched::Answered };
         let mut asked = HashSet::new();
         let mut random = StdRng::seed_from_u64(seed);
         loop {
@@ -485,17 +499,28 @@ proptest! {
             }
             let view = View {
                 snapshot: &snapshot, network: "n1", node: "", enrolled: &enrolled, answers: &answers,
+                coverage,
             };
             match route(&view, &request, &mut random) {
                 Step::Done(_) => break,
-                Step::Need(Need::Dns(name)) => {
-                    let ips = if absent { vec![] } else { vec!["9.9.9.9".parse().unwrap()] };
-                    answers.note_dns(name.clone(), ips);
-                    prop_assert!(asked.insert(name), "asked twice");
+                Step::Need(need) => {
+                    match need.clone() {
+                        Need::Dns(name) => {
+                            let ips =
+                                if absent { vec![] } else { vec!["9.9.9.9".parse().unwrap()] };
+                            answers.note_dns(name, ips);
+                        }
+                        Need::Resource(key) => {
+                            prop_assert!(on_demand, "asked for what does not exist");
+                            answers.note_resource(key, fetched);
+                        }
+                    }
+                    prop_assert!(asked.insert(need), "asked twice");
                 }
             }
         }
-        let most = if reseed { 1 } else { 4 };
+        // A name, and on demand the address or a waypoint and a gateway.
+        let most = if reseed { 4 } else { 16 };
         prop_assert!(asked.len() <= most);
     }
 }

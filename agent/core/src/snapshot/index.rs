@@ -1,225 +1,324 @@
-//! The indexes of a snapshot: several values to a key, in the order in which they came.
+//! The indexes of a snapshot: what is found by another key than its own.
 
 use std::collections::BTreeMap;
-use std::hash::Hash;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use hashbrown::Equivalent;
 use ipnet::IpNet;
 
-use super::trie::Trie;
-use crate::addr::{NetworkAddress, NetworkCidr};
+use super::batch::Net;
+use super::trie::{Kind, Step, Trie};
+use crate::addr::{NamespacedHostname, NetworkCidr};
 use crate::authorization::{Authorization, PolicyScope};
 use crate::service::Service;
-use crate::workload::Workload;
+use crate::workload::{NetworkMode, Workload};
 
-/// What an index holds: something with a key of its own.
-pub(super) trait Indexed {
-    fn is_same_item(&self, other: &Self) -> bool;
-}
-
-impl Indexed for Arc<Workload> {
-    fn is_same_item(&self, other: &Self) -> bool {
-        self.uid == other.uid
-    }
-}
-
-impl Indexed for Arc<Service> {
-    fn is_same_item(&self, other: &Self) -> bool {
-        self.namespace == other.namespace && self.hostname == other.hostname
-    }
-}
-
-impl Indexed for Arc<Authorization> {
-    fn is_same_item(&self, other: &Self) -> bool {
-        self.namespace == other.namespace && self.name == other.name
-    }
-}
-
-/// Values by a key that several may share; the last one inserted comes last.
-#[derive(Debug)]
-pub(super) struct Index<K, V>(Trie<K, Arc<[V]>>);
-
-impl<K: Hash + Eq + Clone, V: Indexed + Clone> Index<K, V> {
-    pub fn get<Q: Hash + Equivalent<K> + ?Sized>(&self, key: &Q) -> &[V] {
-        self.0.get(key).map_or(&[], |values| values)
-    }
-
-    /// Returns whether it was not there before. Takes the place of the same item, if any.
-    pub fn insert(&mut self, key: K, value: V) -> bool {
-        let values = self.get(&key);
-        let others = values.iter().filter(|other| !other.is_same_item(&value));
-        let next: Arc<[V]> = others.chain([&value]).cloned().collect();
-        let added = next.len() > values.len();
-        self.0.insert(key, next);
-        added
-    }
-
-    /// Returns whether it was there.
-    pub fn remove(&mut self, key: &K, value: &V) -> bool {
-        let values = self.get(key);
-        let next: Arc<[V]> =
-            values.iter().filter(|other| !other.is_same_item(value)).cloned().collect();
-        let removed = next.len() < values.len();
-        if next.is_empty() {
-            self.0.remove(key);
-        } else if removed {
-            self.0.insert(key.clone(), next);
-        }
-        removed
-    }
-}
-
-impl<K, V> Clone for Index<K, V> {
-    fn clone(&self) -> Self {
-        Self(self.0.clone())
-    }
-}
-
-impl<K, V> Default for Index<K, V> {
-    fn default() -> Self {
-        Self(Trie::default())
-    }
-}
-
-/// Services by address range.
+/// Workloads by what else they are known by.
 #[derive(Clone, Debug, Default)]
-pub(super) struct CidrIndex {
-    by_cidr: Index<NetworkCidr, Arc<Service>>,
-    /// How many entries have a prefix of this length, for IPv4 (false) and IPv6 (true).
-    lengths: Arc<BTreeMap<(bool, u8), usize>>,
+pub(super) struct WorkloadIndex {
+    by_address: Trie<Workload>,
+    by_pod_name: Trie<Workload>,
+    by_dns_name: Trie<Workload>,
+    /// By service, whether or not that is known.
+    members: Trie<Members>,
 }
 
-impl CidrIndex {
-    pub fn insert(&mut self, service: &Arc<Service>) {
-        for range in &service.cidr_vips {
-            if self.by_cidr.insert(truncated(range), service.clone()) {
-                let lengths = Arc::make_mut(&mut self.lengths);
-                *lengths.entry(length_key(&range.cidr)).or_default() += 1;
+/// The workloads that name one service as theirs.
+#[derive(Debug)]
+struct Members {
+    service: NamespacedHostname,
+    /// By uid.
+    workloads: Trie<Workload>,
+    /// The same to draw from, made when first needed.
+    roster: OnceLock<Roster>,
+}
+
+/// The workloads that name a service as theirs, healthy or not, in no particular order.
+#[derive(Debug)]
+pub struct Roster {
+    pub workloads: Box<[Arc<Workload>]>,
+    /// The largest of their capacities.
+    pub heaviest: u32,
+}
+
+impl WorkloadIndex {
+    /// `net` has the hashes of `by_uid`.
+    pub fn apply(&mut self, net: &Net<Workload>, by_uid: &Trie<Workload>) {
+        if net.is_empty() {
+            return;
+        }
+        let steps = net.steps(|workload| {
+            let (index, network) = (&self.by_address, &*workload.network);
+            distinct(addresses(workload)).map(move |ip| index.hash(&(network, *ip)))
+        });
+        self.by_address.apply(steps);
+        let steps =
+            net.steps(|workload| [self.by_pod_name.hash(&(&*workload.namespace, &*workload.name))]);
+        self.by_pod_name.apply(steps);
+        let steps = net.steps(|workload| {
+            let name = (&*workload.namespace, &*workload.hostname);
+            (!workload.hostname.is_empty()).then(|| self.by_dns_name.hash(&name))
+        });
+        self.by_dns_name.apply(steps);
+        self.apply_members(net, by_uid);
+    }
+
+    pub fn at<'a>(&'a self, network: &str, ip: IpAddr) -> impl Iterator<Item = &'a Arc<Workload>> {
+        let hash = self.by_address.hash(&(network, ip));
+        self.by_address.matching(hash, move |workload| {
+            *workload.network == *network && workload.addresses.contains(&ip)
+        })
+    }
+
+    pub fn of_pod<'a>(
+        &'a self,
+        namespace: &str,
+        name: &str,
+    ) -> impl DoubleEndedIterator<Item = &'a Arc<Workload>> {
+        let hash = self.by_pod_name.hash(&(namespace, name));
+        self.by_pod_name.matching(hash, move |workload| {
+            *workload.name == *name && *workload.namespace == *namespace
+        })
+    }
+
+    pub fn named(&self, name: &NamespacedHostname) -> Option<&Arc<Workload>> {
+        let hash = self.by_dns_name.hash(&(&*name.namespace, &*name.hostname));
+        self.by_dns_name.find(hash, |workload| {
+            workload.hostname == name.hostname && workload.namespace == name.namespace
+        })
+    }
+
+    pub fn members<'a>(
+        &'a self,
+        service: &NamespacedHostname,
+    ) -> impl Iterator<Item = &'a Arc<Workload>> + use<'a> {
+        self.members_of(service).into_iter().flat_map(|members| members.workloads.values())
+    }
+
+    pub fn roster(&self, service: &NamespacedHostname) -> Option<&Roster> {
+        let members = self.members_of(service)?;
+        Some(members.roster.get_or_init(|| {
+            let workloads: Box<[_]> = members.workloads.values().cloned().collect();
+            let heaviest = workloads.iter().map(|workload| workload.capacity).max();
+            Roster { workloads, heaviest: heaviest.unwrap_or_default() }
+        }))
+    }
+
+    /// How many workloads name the service as theirs.
+    pub fn member_count(&self, service: &NamespacedHostname) -> usize {
+        self.members_of(service).map_or(0, |members| members.workloads.len())
+    }
+
+    fn members_of(&self, service: &NamespacedHostname) -> Option<&Arc<Members>> {
+        self.members.find(self.members.hash(service), |members| members.service == *service)
+    }
+
+    fn apply_members(&mut self, net: &Net<Workload>, by_uid: &Trie<Workload>) {
+        let mut joins: Vec<(u64, &NamespacedHostname, Step<'_, Workload>)> = Vec::new();
+        for Step { hash, value, kind } in net.all() {
+            joins.extend(
+                value.services.keys().map(|service| {
+                    (self.members.hash(service), service, Step { hash, value, kind })
+                }),
+            );
+        }
+        // Stable: what goes is before what comes.
+        joins.sort_by_key(|(hash, ..)| *hash);
+        let mut changes: Vec<MembersChange<'_>> = Vec::new();
+        for (hash, service, step) in joins {
+            // Services of one hash may alternate.
+            let mut recent = changes.iter_mut().rev().take_while(|change| change.hash == hash);
+            match recent.find(|change| change.service == service) {
+                Some(change) => change.steps.push(step),
+                None => {
+                    let old = self.members_of(service).cloned();
+                    changes.push(MembersChange { hash, service, old, steps: vec![step] });
+                }
             }
         }
+        let mut all = Vec::with_capacity(changes.len());
+        for MembersChange { hash, service, old, steps } in changes {
+            let mut workloads = match &old {
+                Some(members) => members.workloads.clone(),
+                None => Trie::empty_like(by_uid),
+            };
+            workloads.apply(steps);
+            let service = service.clone();
+            let new = (workloads.len() > 0)
+                .then(|| Arc::new(Members { service, workloads, roster: OnceLock::new() }));
+            all.push((hash, old, new));
+        }
+        let steps = all.iter().flat_map(|(hash, old, new)| {
+            let removed = old.iter().map(|value| Step { hash: *hash, value, kind: Kind::Remove });
+            let added = new.iter().map(|value| Step { hash: *hash, value, kind: Kind::Insert });
+            removed.chain(added)
+        });
+        self.members.apply(steps.collect());
+    }
+}
+
+/// What happens to the members of one service.
+struct MembersChange<'a> {
+    hash: u64,
+    service: &'a NamespacedHostname,
+    old: Option<Arc<Members>>,
+    steps: Vec<Step<'a, Workload>>,
+}
+
+/// What a workload owns: one in the host's network owns no address.
+fn addresses(workload: &Workload) -> &[IpAddr] {
+    match workload.network_mode {
+        NetworkMode::Standard => &workload.addresses,
+        NetworkMode::HostNetwork => &[],
+    }
+}
+
+fn distinct<T: PartialEq>(items: &[T]) -> impl Iterator<Item = &T> {
+    let is_new = |(place, item): &(usize, &T)| !items.iter().take(*place).any(|it| it == *item);
+    items.iter().enumerate().filter(is_new).map(|(_, item)| item)
+}
+
+/// Services by what else they are known by.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ServiceIndex {
+    by_vip: Trie<Service>,
+    by_cidr: Trie<Service>,
+    /// How many services have a range with a prefix of this length, for IPv4 (false) and IPv6 (true).
+    lengths: Arc<BTreeMap<(bool, u8), usize>>,
+    by_hostname: Trie<Service>,
+    /// By the uid of a workload that the service names as its endpoint.
+    by_fixed_endpoint: Trie<Service>,
+}
+
+impl ServiceIndex {
+    pub fn apply(&mut self, net: &Net<Service>) {
+        if net.is_empty() {
+            return;
+        }
+        let steps = net.steps(|service| {
+            distinct(&service.vips).map(|vip| self.by_vip.hash(&(&*vip.network, vip.ip)))
+        });
+        self.by_vip.apply(steps);
+        let hash = |range: NetworkCidr| self.by_cidr.hash(&(&*range.network, range.cidr));
+        let steps = net.steps(|service| ranges(service).into_iter().map(hash));
+        self.by_cidr.apply(steps);
+        self.count_lengths(net);
+        let steps = net.steps(|service| [self.by_hostname.hash(&*service.hostname)]);
+        self.by_hostname.apply(steps);
+        let hash = |uid: &Arc<str>| self.by_fixed_endpoint.hash(&**uid);
+        let steps = net.steps(|service| service.fixed_endpoints.keys().map(hash));
+        self.by_fixed_endpoint.apply(steps);
     }
 
-    pub fn remove(&mut self, service: &Arc<Service>) {
-        for range in &service.cidr_vips {
-            if self.by_cidr.remove(&truncated(range), service) {
+    pub fn at<'a>(
+        &'a self,
+        network: &str,
+        ip: IpAddr,
+    ) -> impl DoubleEndedIterator<Item = &'a Arc<Service>> + Clone {
+        self.by_vip.matching(self.by_vip.hash(&(network, ip)), move |service| {
+            service.vips.iter().any(|vip| vip.ip == ip && *vip.network == *network)
+        })
+    }
+
+    /// The services around an address with the length of their prefix, the longest first.
+    pub fn around<'a>(
+        &'a self,
+        network: &str,
+        ip: IpAddr,
+    ) -> impl Iterator<Item = (u8, &'a Arc<Service>)> {
+        let lengths = self.lengths.range((ip.is_ipv6(), 0)..=(ip.is_ipv6(), u8::MAX)).rev();
+        lengths.map(|((_, length), _)| *length).flat_map(move |length| {
+            // Every length here came from a range of this family.
+            let cidr = IpNet::new(ip, length).map_or(IpNet::from(ip), |around| around.trunc());
+            let is_it =
+                move |range: &NetworkCidr| range.cidr.trunc() == cidr && *range.network == *network;
+            let hash = self.by_cidr.hash(&(network, cidr));
+            let found =
+                self.by_cidr.matching(hash, move |service| service.cidr_vips.iter().any(is_it));
+            found.map(move |service| (length, service))
+        })
+    }
+
+    pub fn named<'a>(
+        &'a self,
+        hostname: &str,
+    ) -> impl DoubleEndedIterator<Item = &'a Arc<Service>> + Clone {
+        let hash = self.by_hostname.hash(hostname);
+        self.by_hostname.matching(hash, move |service| *service.hostname == *hostname)
+    }
+
+    /// The services that name this workload as their endpoint.
+    pub fn with_fixed<'a>(&'a self, uid: &str) -> impl Iterator<Item = &'a Arc<Service>> {
+        let hash = self.by_fixed_endpoint.hash(uid);
+        self.by_fixed_endpoint
+            .matching(hash, move |service| service.fixed_endpoints.contains_key(uid))
+    }
+
+    fn count_lengths(&mut self, net: &Net<Service>) {
+        for Step { value, kind, .. } in net.all() {
+            for range in ranges(value) {
+                let key = (range.cidr.addr().is_ipv6(), range.cidr.prefix_len());
                 let lengths = Arc::make_mut(&mut self.lengths);
-                let key = length_key(&range.cidr);
-                match lengths.get_mut(&key) {
-                    Some(count) if *count > 1 => *count -= 1,
-                    Some(_) | None => {
+                let count = lengths.entry(key).or_default();
+                match kind {
+                    Kind::Insert => *count += 1,
+                    Kind::Remove if *count > 1 => *count -= 1,
+                    Kind::Remove => {
                         lengths.remove(&key);
                     }
                 }
             }
         }
     }
+}
 
-    /// The services around an address with the length of their prefix, the longest first.
-    pub fn around(&self, network: &str, ip: IpAddr) -> impl Iterator<Item = (u8, &Arc<Service>)> {
-        self.lengths
-            .range((ip.is_ipv6(), 0)..=(ip.is_ipv6(), u8::MAX))
-            .rev()
-            .filter_map(move |((_, length), _)| {
-                let cidr = IpNet::new(ip, *length).ok()?.trunc();
-                Some((*length, self.by_cidr.get(&CidrRef { network, cidr })))
-            })
-            .flat_map(|(length, services)| services.iter().map(move |service| (length, service)))
+/// The ranges of a service, each once and without host bits.
+fn ranges(service: &Service) -> Vec<NetworkCidr> {
+    let mut ranges: Vec<NetworkCidr> = Vec::with_capacity(service.cidr_vips.len());
+    for range in &service.cidr_vips {
+        let range = NetworkCidr { network: range.network.clone(), cidr: range.cidr.trunc() };
+        if !ranges.contains(&range) {
+            ranges.push(range);
+        }
     }
-}
-
-fn truncated(range: &NetworkCidr) -> NetworkCidr {
-    NetworkCidr { network: range.network.clone(), cidr: range.cidr.trunc() }
-}
-
-fn length_key(cidr: &IpNet) -> (bool, u8) {
-    (cidr.addr().is_ipv6(), cidr.prefix_len())
+    ranges
 }
 
 /// Policies by what they apply to.
 #[derive(Clone, Debug, Default)]
 pub(super) struct PolicyIndex {
-    pub by_key: Trie<Arc<str>, Arc<Authorization>>,
+    pub by_key: Trie<Authorization>,
     pub global: Arc<[Arc<Authorization>]>,
-    pub by_namespace: Index<Arc<str>, Arc<Authorization>>,
+    by_namespace: Trie<Authorization>,
 }
 
 impl PolicyIndex {
-    pub fn insert(&mut self, policy: Authorization) {
-        let key = policy.key();
-        if self.by_key.get(&key).is_some_and(|known| **known == policy) {
+    /// `net` has the hashes of `by_key`.
+    pub fn apply(&mut self, net: &Net<Authorization>) {
+        if net.is_empty() {
             return;
         }
-        self.remove(&key);
-        let policy = Arc::new(policy);
-        match policy.scope {
-            PolicyScope::Global => {
-                self.global = self.global.iter().chain([&policy]).cloned().collect();
-            }
-            PolicyScope::Namespace => {
-                self.by_namespace.insert(policy.namespace.clone(), policy.clone());
-            }
-            PolicyScope::WorkloadSelector => {}
+        self.by_key.apply(net.all().collect());
+        let is_global = |policy: &&Arc<Authorization>| policy.scope == PolicyScope::Global;
+        let stays = |policy: &&Arc<Authorization>| {
+            !net.removed.iter().any(|(_, removed)| Arc::ptr_eq(removed, policy))
+        };
+        let added = net.added.iter().map(|(_, policy)| policy).filter(is_global);
+        if added.clone().next().is_some() || !self.global.iter().all(|policy| stays(&policy)) {
+            self.global = self.global.iter().filter(stays).chain(added).cloned().collect();
         }
-        self.by_key.insert(key, policy);
+        let steps = net.steps(|policy| match policy.scope {
+            PolicyScope::Namespace => Some(self.by_namespace.hash(&*policy.namespace)),
+            PolicyScope::Global | PolicyScope::WorkloadSelector => None,
+        });
+        self.by_namespace.apply(steps);
     }
 
-    pub fn remove(&mut self, key: &str) {
-        let Some(policy) = self.by_key.remove(key) else { return };
-        match policy.scope {
-            PolicyScope::Global => {
-                let others = self.global.iter().filter(|other| !other.is_same_item(&policy));
-                self.global = others.cloned().collect();
-            }
-            PolicyScope::Namespace => {
-                self.by_namespace.remove(&policy.namespace, &policy);
-            }
-            PolicyScope::WorkloadSelector => {}
-        }
-    }
-}
-
-/// A borrowed [`NetworkAddress`] to look up by.
-#[derive(Hash)]
-pub(super) struct NetworkAddressRef<'a> {
-    pub network: &'a str,
-    pub ip: IpAddr,
-}
-
-impl Equivalent<NetworkAddress> for NetworkAddressRef<'_> {
-    fn equivalent(&self, key: &NetworkAddress) -> bool {
-        self.ip == key.ip && *self.network == *key.network
-    }
-}
-
-#[derive(Hash)]
-struct CidrRef<'a> {
-    network: &'a str,
-    cidr: IpNet,
-}
-
-impl Equivalent<NetworkCidr> for CidrRef<'_> {
-    fn equivalent(&self, key: &NetworkCidr) -> bool {
-        self.cidr == key.cidr && *self.network == *key.network
-    }
-}
-
-/// The namespace and name of a workload's pod.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct PodName {
-    pub namespace: Arc<str>,
-    pub name: Arc<str>,
-}
-
-#[derive(Hash)]
-pub(super) struct PodNameRef<'a> {
-    pub namespace: &'a str,
-    pub name: &'a str,
-}
-
-impl Equivalent<PodName> for PodNameRef<'_> {
-    fn equivalent(&self, key: &PodName) -> bool {
-        *self.namespace == *key.namespace && *self.name == *key.name
+    pub fn of_namespace<'a>(
+        &'a self,
+        namespace: &str,
+    ) -> impl Iterator<Item = &'a Arc<Authorization>> {
+        let hash = self.by_namespace.hash(namespace);
+        self.by_namespace.matching(hash, move |policy| *policy.namespace == *namespace)
     }
 }

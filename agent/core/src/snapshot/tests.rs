@@ -3,10 +3,11 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::addr::NetworkCidr;
+use crate::addr::{NetworkAddress, NetworkCidr};
 use crate::authorization::{Action, PolicyScope};
 use crate::fixtures::*;
 use crate::service::{BalanceMode, LoadBalancer, Visibility};
+use crate::workload::NetworkMode;
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
@@ -252,7 +253,7 @@ fn policies_move_with_their_scope() {
         Change::Authorization(crate::authorization::Authorization { scope, ..policy })
     };
     let counts = |snapshot: &Snapshot| {
-        (snapshot.global_policies().len(), snapshot.namespace_policies("a").len())
+        (snapshot.global_policies().len(), snapshot.namespace_policies("a").count())
     };
     let mut snapshot = Snapshot::default();
     for (scope, expected) in [
@@ -416,9 +417,11 @@ fn answers(snapshot: &Snapshot) -> Vec<String> {
         }
     }
     for namespace in NAMESPACES {
-        answers.push(format!("{:?}", snapshot.namespace_policies(namespace)));
+        let policies: Vec<_> = snapshot.namespace_policies(namespace).collect();
+        answers.push(format!("{policies:?}"));
         for name in ["w0", "w1", "w2"] {
-            answers.push(format!("{:?}", snapshot.workloads_of_pod(namespace, name)));
+            let of_pod: Vec<_> = snapshot.workloads_of_pod(namespace, name).collect();
+            answers.push(format!("{of_pod:?}"));
             answers.push(format!("{:?}", snapshot.local_workload(namespace, name, name, "")));
         }
     }

@@ -22,6 +22,10 @@ enum Answer {
     Refuse,
     Panic,
     Never,
+    /// Valid in an hour from now.
+    Early,
+    /// With a root that did not sign it.
+    OtherRoot,
 }
 
 type Behaviour = Box<dyn Fn(&Identity, usize) -> Answer + Send + Sync>;
@@ -62,7 +66,7 @@ impl Fake {
     fn cache(self: &Arc<Self>) -> Certificates {
         let began = self.began;
         let clock: Clock = Arc::new(move || BEGAN + began.elapsed());
-        Certificates::start(self.clone(), clock, StdRng::seed_from_u64(7))
+        Certificates::start(self.clone(), Trust::default(), clock, StdRng::seed_from_u64(7))
     }
 
     /// The times of the requests for an identity since the beginning.
@@ -75,7 +79,7 @@ impl Fake {
         self.requests.lock().iter().map(|(identity, _)| identity.clone()).collect()
     }
 
-    async fn answer(&self, identity: &Identity) -> Result<WorkloadCertificate, CaError> {
+    async fn answer(&self, identity: &Identity) -> Result<Issued, CaError> {
         let number = {
             let mut requests = self.requests.lock();
             requests.push((identity.clone(), self.began.elapsed()));
@@ -92,15 +96,21 @@ impl Fake {
             }
             Answer::Panic => panic!("as told"),
             Answer::Never => std::future::pending().await,
+            Answer::Early => Ok(self.authority.valid(identity, now + HOUR, now + 2 * HOUR)),
+            Answer::OtherRoot => {
+                let issued = self.authority.valid(identity, now, now + HOUR);
+                Ok(Issued { roots: vec![Authority::root("other").der], ..issued })
+            }
         }
     }
 }
 
 impl IdentitySource for Fake {
-    fn issue<'a>(
-        &'a self,
-        identity: &'a Identity,
-    ) -> BoxFuture<'a, Result<WorkloadCertificate, CaError>> {
+    fn authority(&self) -> Arc<str> {
+        "fake".into()
+    }
+
+    fn issue<'a>(&'a self, identity: &'a Identity) -> BoxFuture<'a, Result<Issued, CaError>> {
         Box::pin(async move {
             let flying = self.flying.fetch_add(1, Ordering::Relaxed) + 1;
             self.most_flying.fetch_max(flying, Ordering::Relaxed);
@@ -112,7 +122,14 @@ impl IdentitySource for Fake {
 }
 
 fn failure(identity: &Identity) -> CaError {
-    CaError::Failed { identity: identity.clone(), reason: "as told".into() }
+    CaError::Failed { identity: identity.clone(), ca: "fake".into(), reason: "as told".into() }
+}
+
+fn fault(error: &CaError) -> &AnswerFault {
+    match error {
+        CaError::Answer { fault, .. } => fault,
+        other => panic!("not about the answer: {other}"),
+    }
 }
 
 fn id(name: &str) -> Identity {
@@ -255,7 +272,7 @@ async fn without_a_valid_certificate_connections_fail_at_once() {
     assert_eq!(before.elapsed(), Duration::ZERO);
     assert_eq!(fake.asked().len(), asked);
     let states = cache.states();
-    let text = "Unavailable: certificate authority failed for spiffe://td1/ns/a/sa/x: as told";
+    let text = "Unavailable: certificate authority fake failed for spiffe://td1/ns/a/sa/x: as told";
     assert_eq!(states[0].state.to_string(), text);
     assert!(states[0].cert_chain.is_empty());
 }
@@ -297,6 +314,7 @@ async fn old_certificate_serves_through_failures_until_it_ends_and_not_longer() 
         _ => Answer::Fail,
     });
     let cache = fake.cache();
+    cache.prefetch(&id("x"));
     let first = cache.fetch(&id("x")).await.unwrap();
     sleep(HOUR - Duration::from_secs(1)).await;
     assert!(fake.asked().len() > 5);
@@ -314,6 +332,7 @@ async fn retry_is_not_later_than_the_end_of_the_old_certificate() {
         _ => Answer::Fail,
     });
     let cache = fake.cache();
+    cache.prefetch(&id("x"));
     cache.fetch(&id("x")).await.unwrap();
     // Renewal at about 100 s; then delays of 1, 2, .. 64 s would skip the end at 200 s.
     sleep(Duration::from_millis(200_500)).await;
@@ -331,7 +350,11 @@ async fn answer_for_another_identity_is_rejected_and_retried() {
     });
     let cache = fake.cache();
     let error = cache.fetch(&id("x")).await.unwrap_err();
-    assert!(matches!(&*error, CaError::WrongIdentity { issued, .. } if *issued == id("other")));
+    let fault = fault(&error);
+    assert!(
+        matches!(fault, AnswerFault::WrongIdentity(issued) if *issued == id("other")),
+        "{fault}"
+    );
     sleep(Duration::from_secs(2)).await;
     assert_eq!(cache.fetch(&id("x")).await.unwrap().identity(), &id("x"));
     assert_gaps(&fake.times(&id("x")), &[1]);
@@ -342,7 +365,7 @@ async fn expired_answer_is_a_failure() {
     let fake = Fake::new(|_, _| Answer::Issue(Duration::ZERO));
     let cache = fake.cache();
     let error = cache.fetch(&id("x")).await.unwrap_err();
-    assert!(matches!(&*error, CaError::Expired { .. }));
+    assert!(matches!(fault(&error), AnswerFault::Expired { .. }), "{error}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -405,7 +428,8 @@ async fn expired_certificate_is_never_handed_out_though_the_timers_slept() {
         Arc::new(move || BEGAN + began.elapsed() + *asleep.lock())
     };
     // The fake's certificates begin by its own clock, which did not sleep; theirs is an hour.
-    let cache = Certificates::start(fake.clone(), clock, StdRng::seed_from_u64(7));
+    let cache =
+        Certificates::start(fake.clone(), Trust::default(), clock, StdRng::seed_from_u64(7));
     cache.fetch(&id("x")).await.unwrap();
     *asleep.lock() = 2 * HOUR;
     let state = cache.states().remove(0);
@@ -414,7 +438,7 @@ async fn expired_certificate_is_never_handed_out_though_the_timers_slept() {
         "Unavailable: certificate of spiffe://td1/ns/a/sa/x expired"
     );
     let error = cache.fetch(&id("x")).await.unwrap_err();
-    assert!(matches!(&*error, CaError::Expired { .. }));
+    assert!(matches!(fault(&error), AnswerFault::Expired { .. }), "{error}");
     assert_eq!(fake.asked().len(), 2, "it is asked for at once");
 }
 
@@ -446,4 +470,40 @@ async fn dropped_cache_ends_its_requests() {
     drop(cache);
     sleep(MOMENT).await;
     assert_eq!(Arc::strong_count(&fake), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn answer_that_peers_would_refuse_is_refused_here() {
+    let fake = Fake::new(|identity, _| match &*identity.service_account {
+        "early" => Answer::Early,
+        "rootless" => Answer::OtherRoot,
+        _ => Answer::IssueFor(Identity::new("td2", "a", "elsewhere")),
+    });
+    let cache = fake.cache();
+    for (name, text) in [
+        ("early", "the certificate is not valid before 2026-11-21 13:00"),
+        ("rootless", "does not hold under the roots that came with it: UnknownIssuer"),
+        ("elsewhere", "the certificate is for spiffe://td2/ns/a/sa/elsewhere"),
+    ] {
+        let error = cache.fetch(&id(name)).await.unwrap_err().to_string();
+        let begin = format!(
+            "certificate authority fake answered wrongly for spiffe://td1/ns/a/sa/{name}: "
+        );
+        assert!(error.starts_with(&begin) && error.contains(text), "{error}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_only_a_late_connection_asked_for_is_not_kept_for_ever() {
+    let fake = Fake::new(|identity, _| match &*identity.service_account {
+        "refused" => Answer::Refuse,
+        _ => Answer::Issue(HOUR),
+    });
+    let cache = fake.cache();
+    cache.fetch(&id("refused")).await.unwrap_err();
+    cache.fetch(&id("issued")).await.unwrap();
+    cache.prefetch(&id("kept"));
+    sleep(2 * HOUR).await;
+    let known: Vec<_> = cache.states().into_iter().map(|state| state.identity).collect();
+    assert_eq!(known, [id("kept")]);
 }

@@ -4,9 +4,14 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::tls::testing::{Authority, Wanted};
-use crate::tls::{HANDSHAKE_LIMIT, WorkloadCertificate, accept, connect};
+use crate::tls::{HANDSHAKE_LIMIT, Issued, Trust, WorkloadCertificate, accept, connect};
 
 const X: &str = "spiffe://td1/ns/a/sa/x";
+
+fn made(chain: IssuedChain, key: Vec<u8>) -> WorkloadCertificate {
+    let issued = Issued { chain: chain.presented, key, roots: chain.roots };
+    WorkloadCertificate::new(issued, &Trust::default()).unwrap()
+}
 
 #[test]
 fn root_bundle_of_two_has_no_intermediates() {
@@ -21,12 +26,12 @@ async fn peers_under_either_root_of_a_bundle_are_accepted() {
     let (a, b) = (Authority::root("a"), Authority::root("b"));
     let leaf = a.leaf(Wanted::uris(&[X]));
     let chain = parse_chain(&[leaf.pem, format!("{}{}", a.pem, b.pem)]).unwrap();
-    let ours = WorkloadCertificate::new(chain.presented, leaf.key, chain.roots).unwrap();
+    let ours = made(chain, leaf.key);
     for (issuer, uri) in
         [(&a, "spiffe://td1/ns/a/sa/under-a"), (&b, "spiffe://td1/ns/a/sa/under-b")]
     {
         let leaf = issuer.leaf(Wanted::uris(&[uri]));
-        let peer = WorkloadCertificate::new(vec![leaf.der], leaf.key, vec![a.der.clone()]).unwrap();
+        let peer = leaf.workload(&[], &[&a], &Trust::default());
         let (near, far) = tokio::io::duplex(16384);
         let expect = [X.parse().unwrap()];
         let (accepted, connected) = tokio::join!(
@@ -90,7 +95,7 @@ fn unusable_root_among_several_is_left_out() {
     let leaf = root.leaf(Wanted::uris(&[X]));
     let unusable = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
     let chain = parse_chain(&[leaf.pem, format!("{unusable}{}", root.pem)]).unwrap();
-    let made = WorkloadCertificate::new(chain.presented, leaf.key, chain.roots).unwrap();
+    let made = made(chain, leaf.key);
     assert_eq!(made.roots().len(), 1);
 }
 

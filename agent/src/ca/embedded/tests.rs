@@ -4,12 +4,16 @@ use x509_parser::pem::Pem;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::*;
-use crate::tls::{HANDSHAKE_LIMIT, accept, connect};
+use crate::tls::{HANDSHAKE_LIMIT, Trust, WorkloadCertificate, accept, connect};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
 fn id(name: &str) -> Identity {
     Identity::new("td1", "a", name)
+}
+
+async fn issued(ca: &EmbeddedCa, name: &str) -> WorkloadCertificate {
+    WorkloadCertificate::new(ca.issue(&id(name)).await.unwrap(), &Trust::default()).unwrap()
 }
 
 fn everyone() -> MayIssue {
@@ -21,8 +25,8 @@ async fn two_nodes_with_one_directory_accept_each_other() {
     let state = tempfile::tempdir().unwrap();
     let open = || EmbeddedCa::open(state.path(), DAY, "td1", everyone()).unwrap();
     let (one, two) = (open(), open());
-    let server = one.issue(&id("server")).await.unwrap();
-    let client = two.issue(&id("client")).await.unwrap();
+    let server = issued(&one, "server").await;
+    let client = issued(&two, "client").await;
     let (near, far) = tokio::io::duplex(16384);
     let expect = [id("server")];
     let (accepted, connected) = tokio::join!(
@@ -37,7 +41,7 @@ async fn two_nodes_with_one_directory_accept_each_other() {
 async fn leaf_says_what_mesh_peers_look_for() {
     let state = tempfile::tempdir().unwrap();
     let ca = EmbeddedCa::open(state.path(), DAY, "td1", everyone()).unwrap();
-    let certificate = ca.issue(&id("x")).await.unwrap();
+    let certificate = issued(&ca, "x").await;
     assert_eq!(certificate.identity(), &id("x"));
     assert_eq!(certificate.not_after() - certificate.not_before(), time::Duration::DAY + BACKDATED);
 
@@ -58,7 +62,7 @@ async fn leaf_says_what_mesh_peers_look_for() {
 async fn each_certificate_has_its_own_key_and_serial() {
     let state = tempfile::tempdir().unwrap();
     let ca = EmbeddedCa::open(state.path(), DAY, "td1", everyone()).unwrap();
-    let (one, two) = (ca.issue(&id("x")).await.unwrap(), ca.issue(&id("x")).await.unwrap());
+    let (one, two) = (issued(&ca, "x").await, issued(&ca, "x").await);
     assert_ne!(one.chain()[0].serial, two.chain()[0].serial);
     assert_eq!(one.roots(), two.roots());
     assert_eq!(one.chain().len(), 1, "the root is not sent");
@@ -88,7 +92,7 @@ async fn short_life_is_backdated_less_than_half() {
     let state = tempfile::tempdir().unwrap();
     let lifetime = Duration::from_secs(20);
     let ca = EmbeddedCa::open(state.path(), lifetime, "td1", everyone()).unwrap();
-    let certificate = ca.issue(&id("x")).await.unwrap();
+    let certificate = issued(&ca, "x").await;
     let life = certificate.not_after() - certificate.not_before();
     assert_eq!(life, time::Duration::seconds(25));
 }

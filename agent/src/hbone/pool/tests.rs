@@ -132,7 +132,7 @@ async fn a_draining_peer_keeps_its_streams_and_gets_no_new_ones() {
             };
             let _ = serve(far, &Settings::default(), crate::hbone::tests::answer, drained).await;
         });
-        std::future::ready(Ok::<_, &str>(near))
+        std::future::ready(Ok::<_, &str>(Dialled::from(near)))
     };
     let mut old = pool.connect(&key(1), &headers(ECHO), &dial).await.unwrap().stream;
     drain.send(true).unwrap();
@@ -162,7 +162,7 @@ async fn a_request_that_a_leaving_peer_never_saw_goes_elsewhere() {
             respond.send_reset(Reason::REFUSED_STREAM);
             std::future::poll_fn(|cx| connection.poll_closed(cx)).await.unwrap();
         });
-        Ok(near)
+        Ok(near.into())
     };
     let mut stream = pool.connect(&key(1), &headers(ECHO), dial).await.unwrap().stream;
     ping(&mut stream).await;
@@ -185,7 +185,7 @@ async fn a_broken_connection_is_replaced_and_its_streams_end_abnormally() {
                 None => drop(served.await),
             }
         });
-        std::future::ready(Ok::<_, &str>(near))
+        std::future::ready(Ok::<_, &str>(Dialled::from(near)))
     };
     let mut old = pool.connect(&key(1), &headers(ECHO), dial).await.unwrap().stream;
     ping(&mut old).await;
@@ -235,7 +235,7 @@ async fn a_silent_peer_is_given_up_after_the_ping_timeout() {
             std::future::pending::<()>().await;
             drop::<(h2::server::Connection<_, Bytes>, _)>((connection, send));
         });
-        Ok::<_, &str>(near)
+        Ok::<_, &str>(Dialled::from(near))
     };
     let begin = Instant::now();
     let mut stream = pool.connect(&key(1), &headers(ECHO), dial).await.unwrap().stream;
@@ -261,8 +261,68 @@ async fn a_handler_that_never_answers_frees_its_place_when_the_caller_gives_up()
         let _ = serve(far, &settings, handler, std::future::pending()).await;
     });
     let (key, headers) = (key(1), headers(ECHO));
-    let connecting = pool
-        .connect(&key, &headers, || std::future::ready(near.lock().take().ok_or("dialled twice")));
+    let dial = || std::future::ready(near.lock().take().map(Dialled::from).ok_or("dialled twice"));
+    let connecting = pool.connect(&key, &headers, dial);
     assert!(tokio::time::timeout(Duration::from_millis(50), connecting).await.is_err());
     tokio::time::timeout(LIMIT, saw.recv()).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn connection_that_is_cut_off_tells_its_streams_and_is_not_used_again() {
+    let (pool, peer) = (pool(), Peer::default());
+    let cut = tokio_util::sync::CancellationToken::new();
+    let dial = || async {
+        let io = peer.dial().await?.io;
+        let cut = cut.clone();
+        Ok::<_, &str>(Dialled { io, cut_off: Box::pin(cut.cancelled_owned()) })
+    };
+    let mut first = pool.connect(&key(1), &headers(ECHO), dial).await.unwrap();
+    ping(&mut first.stream).await;
+    assert!(!first.cut_off.is_cancelled());
+    cut.cancel();
+    tokio::time::timeout(LIMIT, first.cut_off.cancelled()).await.unwrap();
+    let mut second = pool.connect(&key(1), &headers(ECHO), || peer.dial()).await.unwrap();
+    ping(&mut second.stream).await;
+    assert_eq!(peer.dialled(), 2);
+    assert!(!second.cut_off.is_cancelled());
+    // Even a stream that nobody reads does not keep the connection.
+    until(|| pool.connections() == 1).await;
+    let end = tokio::time::timeout(LIMIT, first.stream.read(&mut [0; 1])).await.unwrap();
+    assert!(end.is_err());
+}
+
+#[tokio::test]
+async fn request_that_waits_on_a_connection_that_is_cut_off_ends_with_it() {
+    let pool = pool();
+    let cut = tokio_util::sync::CancellationToken::new();
+    let (asked, mut seen) = tokio::sync::mpsc::channel(1);
+    let dial = || {
+        let (near, far) = tokio::io::duplex(64 << 10);
+        let asked = asked.clone();
+        tokio::spawn(async move {
+            let settings = Settings::default();
+            let handler = move |request: Request| {
+                let asked = asked.clone();
+                async move {
+                    asked.send(()).await.unwrap();
+                    std::future::pending::<()>().await;
+                    drop(request);
+                }
+            };
+            let _ = serve(far, &settings, handler, std::future::pending()).await;
+        });
+        let cut_off = Box::pin(cut.clone().cancelled_owned());
+        std::future::ready(Ok::<_, &str>(Dialled { io: near, cut_off }))
+    };
+    let (key, headers) = (key(1), headers(ECHO));
+    let connecting = pool.connect(&key, &headers, dial);
+    let cutting = async {
+        seen.recv().await.unwrap();
+        cut.cancel();
+    };
+    let (connected, ()) =
+        tokio::time::timeout(LIMIT, async { tokio::join!(connecting, cutting) }).await.unwrap();
+    let cut_off = matches!(connected, Err(ConnectError::Request(RequestError::CutOff)));
+    assert!(cut_off, "the answer never comes");
+    until(|| pool.connections() == 0).await;
 }

@@ -1,71 +1,87 @@
 #![allow(clippy::unwrap_used)]
 
-use std::collections::HashMap;
-use std::hash::{Hash, Hasher};
-
 use proptest::prelude::*;
 
 use super::*;
 
-/// A key all of whose values share few hashes, so that leaves overflow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Colliding(u16);
+type Item = (u16, u32);
 
-impl Hash for Colliding {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        (self.0 % 3).hash(state);
-    }
-}
-
-fn same<K: Hash + Eq + Clone>(changes: Vec<(K, Option<u32>)>) {
-    let mut model = HashMap::new();
+/// Maps keys to hashes that few share, or none.
+fn same(batches: Vec<Vec<(u16, Option<u32>)>>, hash_of: fn(&Trie<Item>, u16) -> u64) {
+    let mut model: Vec<Arc<Item>> = Vec::new();
     let mut trie = Trie::default();
     let mut earlier = Vec::new();
-    for (key, change) in changes {
+    for batch in batches {
         earlier.push((trie.clone(), model.clone()));
-        match change {
-            Some(value) => {
-                assert_eq!(trie.insert(key.clone(), value), model.insert(key, value));
+        let before = model.clone();
+        for (key, change) in batch {
+            match change {
+                Some(value) => model.push(Arc::new((key, value))),
+                None => model.retain(|item| item.0 != key),
             }
-            None => assert_eq!(trie.remove(&key), model.remove(&key)),
         }
+        let is_in =
+            |list: &[Arc<Item>], one: &Arc<Item>| list.iter().any(|it| Arc::ptr_eq(it, one));
+        let steps = before
+            .iter()
+            .filter(|item| !is_in(&model, item))
+            .map(|item| (item, Kind::Remove))
+            .chain(model.iter().filter(|item| !is_in(&before, item)).map(|it| (it, Kind::Insert)))
+            .map(|(value, kind)| Step { hash: hash_of(&trie, value.0), value, kind });
+        let steps = steps.collect();
+        trie.apply(steps);
     }
     earlier.push((trie, model));
     for (trie, model) in earlier {
         assert_eq!(trie.len(), model.len());
-        assert_eq!(trie.iter().count(), model.len());
-        assert!(trie.iter().all(|(key, value)| model.get(key) == Some(value)));
-        assert!(model.iter().all(|(key, value)| trie.get(key) == Some(value)));
+        assert_eq!(trie.values().count(), model.len());
+        for key in 0..200 {
+            let hash = hash_of(&trie, key);
+            let expected: Vec<&Arc<Item>> = model.iter().filter(|item| item.0 == key).collect();
+            let found: Vec<_> = trie.matching(hash, |item| item.0 == key).collect();
+            assert_eq!(found, expected, "{key}");
+            assert_eq!(trie.find(hash, |item| item.0 == key), expected.first().copied());
+            let last = trie.matching(hash, |item| item.0 == key).next_back();
+            assert_eq!(last, expected.last().copied());
+        }
     }
+}
+
+fn any_batches(keys: u16, most: usize) -> impl Strategy<Value = Vec<Vec<(u16, Option<u32>)>>> {
+    let change = (0..keys, prop::option::weighted(0.7, any::<u32>()));
+    prop::collection::vec(prop::collection::vec(change, 0..most), 0..12)
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn behaves_like_a_hash_map(
-        changes in prop::collection::vec((0..200u16, prop::option::weighted(0.7, any::<u32>())), 0..300),
-    ) {
-        same(changes);
+    fn keeps_values_by_key_in_their_order(batches in any_batches(200, 100)) {
+        same(batches, |trie, key| trie.hash(&key));
     }
 
     #[test]
-    fn colliding_hashes_do_not_confuse_keys(
-        changes in prop::collection::vec((0..60u16, prop::option::weighted(0.7, any::<u32>())), 0..150),
-    ) {
-        same(changes.into_iter().map(|(key, change)| (Colliding(key), change)).collect());
+    fn colliding_hashes_do_not_confuse_keys(batches in any_batches(60, 30)) {
+        same(batches, |trie, key| trie.hash(&(key % 3)));
+    }
+
+    #[test]
+    fn hashes_that_differ_late_are_told_apart(batches in any_batches(60, 60)) {
+        same(batches, |_, key| u64::from(key % 40));
     }
 }
 
 #[test]
 fn a_clone_is_the_same_until_one_of_both_changes() {
+    let (one, two) = (Arc::new("a"), Arc::new("b"));
+    let insert = |value| Step { hash: 7, value, kind: Kind::Insert };
     let mut trie = Trie::default();
-    trie.insert("a", 1);
+    trie.apply(vec![insert(&one)]);
     let clone = trie.clone();
     assert!(trie.is_same(&clone));
-    assert_eq!(trie.remove("b"), None);
+    trie.apply(vec![]);
     assert!(trie.is_same(&clone));
-    trie.insert("b", 2);
+    trie.apply(vec![insert(&two)]);
     assert!(!trie.is_same(&clone));
-    assert_eq!((trie.get("b"), clone.get("b")), (Some(&2), None));
+    assert_eq!((trie.len(), clone.len()), (2, 1));
 }

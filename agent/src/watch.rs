@@ -1,4 +1,4 @@
-//! Tells when the file may have changed, in whichever way it is replaced.
+//! Tells when a file may have changed, in whichever way it is replaced.
 //!
 //! Directories are watched rather than the file, so that renames, symlink swaps (as Kubernetes
 //! does for config maps) and delete-and-create all show. Every directory that holds a link on the
@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use notify::event::{AccessKind, AccessMode};
-use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
+use notify::{ErrorKind, Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
@@ -28,7 +28,8 @@ const MAX_LINKS: usize = 40;
 /// A file that changed this recently may change again without a change of its metadata.
 const UNSETTLED: Duration = Duration::from_secs(1);
 
-pub(super) struct DirectoryWatch {
+/// Watches one file through the directories that lead to it.
+pub struct DirectoryWatch {
     path: PathBuf,
     watcher: RecommendedWatcher,
     watched: BTreeSet<PathBuf>,
@@ -37,8 +38,8 @@ pub(super) struct DirectoryWatch {
 }
 
 impl DirectoryWatch {
-    /// Watches from here on. The directory must exist.
-    pub(super) fn start(path: &Path) -> Result<Self, notify::Error> {
+    /// Watches from here on. A directory that does not exist yet is left to the regular look.
+    pub fn start(path: &Path) -> Result<Self, notify::Error> {
         let event = Arc::new(Notify::new());
         let signal = event.clone();
         let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
@@ -54,8 +55,11 @@ impl DirectoryWatch {
             look: Instant::now() + LOOK_EVERY,
         };
         for directory in directories(path) {
-            watch.watcher.watch(&directory, RecursiveMode::NonRecursive)?;
-            watch.watched.insert(directory);
+            match watch.watcher.watch(&directory, RecursiveMode::NonRecursive) {
+                Ok(()) => drop(watch.watched.insert(directory)),
+                Err(error) if matches!(error.kind, ErrorKind::PathNotFound) => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(watch)
     }
@@ -63,7 +67,7 @@ impl DirectoryWatch {
     /// Waits until something may have changed and is quiet again, or until it is time to look.
     /// Until [`DirectoryWatch::looked`] is called it does not wait again, so nothing is lost when
     /// the caller is dropped in between.
-    pub(super) async fn stirred(&mut self) {
+    pub async fn stirred(&mut self) {
         if timeout_at(self.look, self.event.notified()).await.is_err() {
             return;
         }
@@ -78,13 +82,13 @@ impl DirectoryWatch {
     }
 
     /// The file was read or found unchanged.
-    pub(super) fn looked(&mut self) {
+    pub fn looked(&mut self) {
         self.look = Instant::now() + LOOK_EVERY;
     }
 
     /// Follows the links anew: they may lead through other directories by now, and a directory of
     /// the same name may be another one.
-    pub(super) fn refresh(&mut self) {
+    pub fn refresh(&mut self) {
         let now = directories(&self.path);
         for gone in self.watched.difference(&now) {
             // It fails for a directory that no longer exists, whose watch ended with it.
@@ -146,7 +150,7 @@ fn beside(link: &Path, target: &Path) -> PathBuf {
 
 /// What the file system says of a file without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Fingerprint {
+pub struct Fingerprint {
     device: u64,
     inode: u64,
     size: u64,
@@ -156,14 +160,14 @@ pub(super) struct Fingerprint {
 
 impl Fingerprint {
     /// `None` for a file that changed so recently that another change might leave it the same.
-    pub(super) fn settled(metadata: &fs::Metadata, now: SystemTime) -> Option<Self> {
+    pub fn settled(metadata: &fs::Metadata, now: SystemTime) -> Option<Self> {
         let changed = u64::try_from(metadata.ctime()).ok()?;
         let changed = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(changed))?;
         let age = now.duration_since(changed).ok()?;
         (age > UNSETTLED + Duration::from_secs(1)).then(|| Self::of(metadata))
     }
 
-    pub(super) fn of(metadata: &fs::Metadata) -> Self {
+    pub fn of(metadata: &fs::Metadata) -> Self {
         Fingerprint {
             device: metadata.dev(),
             inode: metadata.ino(),

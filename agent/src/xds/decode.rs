@@ -1,0 +1,74 @@
+//! From the control plane's messages to the values of the core.
+//!
+//! A resource is valid whole or rejected whole, with a reason that names the field. What a number
+//! means that nobody has defined yet is not guessed, except where the protocol says so.
+
+mod authorization;
+mod fields;
+mod service;
+mod workload;
+
+use bytes::Bytes;
+use culvert_core::authorization::Authorization;
+use culvert_core::intern::Interner;
+use culvert_core::service::Service;
+use culvert_core::workload::Workload;
+use culvert_proto::istio::{security, workload as proto};
+use prost::Message;
+
+/// Why a resource is not taken over.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Rejection {
+    #[error("cannot be read: {0}")]
+    Unreadable(#[from] prost::DecodeError),
+    #[error("{0} is missing")]
+    Missing(&'static str),
+    #[error("{field}: {value} {why}")]
+    Invalid { field: &'static str, value: String, why: &'static str },
+}
+
+impl Rejection {
+    fn invalid(field: &'static str, value: impl ToString, why: &'static str) -> Self {
+        Self::Invalid { field, value: value.to_string(), why }
+    }
+
+    fn undefined(field: &'static str, number: i32) -> Self {
+        Self::invalid(field, number, "is not defined")
+    }
+}
+
+/// An `istio.workload.Address`.
+#[derive(Debug)]
+pub(super) enum Address {
+    Workload(Workload),
+    Service(Service),
+}
+
+/// Decodes, and keeps texts that many resources repeat only once.
+#[derive(Debug, Default)]
+pub(super) struct Decoder {
+    interner: Interner,
+}
+
+impl Decoder {
+    /// Reads `istio.workload.Address`.
+    pub fn address(&mut self, bytes: Bytes) -> Result<Address, Rejection> {
+        match proto::Address::decode(bytes)?.r#type {
+            Some(proto::address::Type::Workload(workload)) => {
+                workload::decode(workload, &mut self.interner).map(Address::Workload)
+            }
+            Some(proto::address::Type::Service(service)) => {
+                service::decode(service, &mut self.interner).map(Address::Service)
+            }
+            None => Err(Rejection::Missing("both workload and service")),
+        }
+    }
+
+    /// Reads `istio.security.Authorization`.
+    pub fn authorization(&mut self, bytes: Bytes) -> Result<Authorization, Rejection> {
+        authorization::decode(security::Authorization::decode(bytes)?, &mut self.interner)
+    }
+}
+
+#[cfg(test)]
+mod tests;

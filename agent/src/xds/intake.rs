@@ -1,0 +1,254 @@
+//! Takes over one response: first its resources in their order, then its removals.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use culvert_core::snapshot::Change;
+use culvert_proto::envoy::service::discovery::v3::DeltaDiscoveryRequest as Request;
+use prost::Message;
+
+use super::decode::{Address, Decoder, Rejection};
+use super::kept::Content;
+use super::needs::{Found, Needs};
+use super::session::{Item, Kind, Session, Version};
+use super::wire::{Resource, Response};
+
+/// All that a response changes.
+pub(super) struct Intake {
+    pub session: Session,
+    decoder: Decoder,
+    /// The resources as they came, when they are to be kept on disk.
+    pub content: Option<Content>,
+}
+
+/// What became of a response.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    pub answer: Request,
+    pub accepted: usize,
+    pub removed: usize,
+    /// Name and reason.
+    pub rejected: Vec<(String, String)>,
+}
+
+impl Intake {
+    pub fn new(session: Session, content: Option<Content>) -> Self {
+        Self { session, decoder: Decoder::default(), content }
+    }
+
+    /// Hands the changes of `response` to `publish`, which must take all of them. They are made as
+    /// they are taken, so that no more than the message and the result is in memory.
+    pub fn take(
+        &mut self,
+        response: Response,
+        needs: &Needs,
+        publish: impl FnOnce(&mut dyn Iterator<Item = Change>),
+    ) -> Outcome {
+        let Response { resources, type_url, nonce, removed_resources } = response;
+        let (mut accepted, mut removed, mut rejected) = (0, 0, Vec::new());
+        if let Some(kind) = Kind::of_url(&type_url) {
+            let mut changes = Changes {
+                intake: self,
+                needs,
+                kind,
+                resources: resources.into_iter().enumerate(),
+                removals: removed_resources.into_iter(),
+                answered: Vec::new(),
+                accepted: 0,
+                removed: 0,
+                rejected: Vec::new(),
+            };
+            publish(&mut changes);
+            // Only now does who waits find what it waited for.
+            needs.answered(&changes.answered);
+            (accepted, removed) = (changes.accepted, changes.removed);
+            rejected = changes.rejected;
+        } else {
+            tracing::warn!(%type_url, "resources of a type that was not asked for are ignored");
+        }
+        let answer = self.session.answer(&type_url, &nonce, &rejected);
+        Outcome { answer, accepted, removed, rejected }
+    }
+
+    /// Takes over what was kept on disk. A resource that cannot be read any more is left out.
+    pub fn restore(
+        &mut self,
+        kind: Kind,
+        name: &str,
+        version: &str,
+        value: Bytes,
+    ) -> Option<Change> {
+        let raw = value.clone();
+        match self.read(kind, name, value) {
+            Ok((name, change, item)) => {
+                let version = Version::new(version);
+                if let Some(content) = &mut self.content {
+                    content.put(item, name.clone(), version.clone(), &raw);
+                }
+                self.session.names_mut(kind).accept(name, version, item);
+                Some(change)
+            }
+            Err(error) => {
+                tracing::warn!(name, %error, "a kept resource is left out");
+                None
+            }
+        }
+    }
+
+    fn read(
+        &mut self,
+        kind: Kind,
+        name: &str,
+        value: Bytes,
+    ) -> Result<(Arc<str>, Change, Item), Rejection> {
+        // The name as it is held already, so that nothing is kept twice.
+        let held = self.session.names(kind).shared(name);
+        match kind {
+            Kind::Address => match self.decoder.address(value)? {
+                Address::Workload(mut workload) => {
+                    is_called(name, &workload.uid, "uid")?;
+                    let key = held.unwrap_or_else(|| workload.uid.clone());
+                    workload.uid = key.clone();
+                    Ok((key, Change::Workload(workload), Item::Workload))
+                }
+                Address::Service(service) => {
+                    is_called(name, &service.key().to_string(), "namespace/hostname")?;
+                    let key = held.unwrap_or_else(|| name.into());
+                    Ok((key, Change::Service(service), Item::Service))
+                }
+            },
+            Kind::Authorization => {
+                let policy = self.decoder.authorization(value)?;
+                is_called(name, &policy.key(), "namespace/name")?;
+                let key = held.unwrap_or_else(|| name.into());
+                Ok((key, Change::Authorization(policy), Item::Policy))
+            }
+        }
+    }
+}
+
+/// A resource is removed by its name: one that is called differently could never be.
+fn is_called(name: &str, key: &str, field: &'static str) -> Result<(), Rejection> {
+    match *key == *name {
+        true => Ok(()),
+        false => Err(Rejection::Invalid {
+            field,
+            value: key.to_owned(),
+            why: "is not the resource's name",
+        }),
+    }
+}
+
+/// The changes of one response, made when they are taken.
+struct Changes<'a> {
+    intake: &'a mut Intake,
+    needs: &'a Needs,
+    kind: Kind,
+    resources: std::iter::Enumerate<std::vec::IntoIter<Bytes>>,
+    removals: std::vec::IntoIter<String>,
+    /// What an on-demand need may have been called.
+    answered: Vec<(String, Found)>,
+    accepted: usize,
+    removed: usize,
+    rejected: Vec<(String, String)>,
+}
+
+impl Changes<'_> {
+    fn resource(&mut self, index: usize, bytes: Bytes) -> Option<Change> {
+        let resource = match Resource::decode(bytes) {
+            Ok(resource) => resource,
+            Err(error) => {
+                let why = Rejection::Unreadable(error).to_string();
+                self.rejected.push((format!("resource {index}"), why));
+                return None;
+            }
+        };
+        let Resource { version, payload, name, aliases } = resource;
+        if self.needs.are_asked() && self.kind == Kind::Address {
+            let names = aliases.into_iter().chain([name.clone()]);
+            self.answered.extend(names.map(|name| (name, Found::Known)));
+        }
+        let read = match payload {
+            None => Err(Rejection::Missing("resource")),
+            Some(payload) if payload.type_url != self.kind.url() => Err(Rejection::Invalid {
+                field: "type_url",
+                value: payload.type_url,
+                why: "is not that of the response",
+            }),
+            Some(payload) => {
+                let raw = payload.value.clone();
+                let read = self.intake.read(self.kind, &name, payload.value);
+                read.map(|read| (raw, read))
+            }
+        };
+        match read {
+            Ok((raw, (key, change, item))) => {
+                let version = Version::new(&version);
+                if let Some(content) = &mut self.intake.content {
+                    content.put(item, key.clone(), version.clone(), &raw);
+                }
+                self.intake.session.names_mut(self.kind).accept(key, version, item);
+                self.accepted += 1;
+                Some(change)
+            }
+            Err(error) => {
+                tracing::warn!(%name, %error, "resource rejected");
+                self.rejected.push((name, error.to_string()));
+                None
+            }
+        }
+    }
+
+    fn removal(&mut self, name: String) -> Option<Change> {
+        let removed = self.intake.session.names_mut(self.kind).remove(&name);
+        if let Some(content) = &mut self.intake.content {
+            content.remove(removed, &name);
+        }
+        let change = match removed {
+            Some(Item::Workload) => Some(Change::RemoveWorkload(name.as_str().into())),
+            Some(Item::Service) => name.parse().ok().map(Change::RemoveService),
+            Some(Item::Policy) => Some(Change::RemoveAuthorization(name.as_str().into())),
+            None => {
+                self.tell_unknown(&name);
+                None
+            }
+        };
+        self.removed += usize::from(change.is_some());
+        if self.needs.are_asked() && self.kind == Kind::Address {
+            self.answered.push((name, Found::Nothing));
+        }
+        change
+    }
+
+    /// Uids of workloads that never came are usual after a new connection, and on demand any name
+    /// that does not exist is answered so.
+    fn tell_unknown(&self, name: &str) {
+        let is_uid = name.split_once('/').is_some_and(|(_, rest)| rest.contains('/'));
+        if is_uid || self.needs.are_asked() {
+            tracing::debug!(name, "removal of an unknown resource");
+        } else {
+            tracing::warn!(name, "removal of an unknown resource");
+        }
+    }
+}
+
+impl Iterator for Changes<'_> {
+    type Item = Change;
+
+    fn next(&mut self) -> Option<Change> {
+        while let Some((index, bytes)) = self.resources.next() {
+            if let Some(change) = self.resource(index, bytes) {
+                return Some(change);
+            }
+        }
+        while let Some(name) = self.removals.next() {
+            if let Some(change) = self.removal(name) {
+                return Some(change);
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests;
