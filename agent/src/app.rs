@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use culvert_core::admit::HeaderTo;
-use culvert_core::identity::Identity;
 use culvert_core::snapshot::Snapshot;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
@@ -20,8 +19,9 @@ use tracing::level_filters::LevelFilter;
 use crate::admin::readiness::{OpenTask, PROXY, Readiness, STATE_MANAGER};
 use crate::admin::{AdminAddrs, AdminServers, Sources};
 use crate::capture::{Capture, CaptureOptions, KERNEL_LOG, Netns};
-use crate::config::{Config, MeshSettings};
+use crate::config::{Config, DnsSettings, MeshSettings};
 use crate::connections::Connections;
+use crate::dns::{Dns, Upstreams};
 use crate::drain::{self, DrainEnd};
 use crate::file::{FileSource, FileUpdate, MeshFile, PodSettings};
 use crate::node::{Mesh, Node, Options};
@@ -143,12 +143,16 @@ fn make_node(config: &Config, settings: &MeshSettings, first: &MeshFile) -> anyh
         tokio::spawn(logs.forward());
     }
     let version = Some(config.istio_version.to_string());
+    let upstreams = name_servers();
+    let own = upstreams.as_ref().map(Upstreams::own).transpose()?;
     Ok(Node {
         name: config.node.clone(),
         network: settings.network.clone(),
         mesh,
         capture,
         certificates,
+        dns: config.dns.as_ref().map(|settings| dns(config, settings, upstreams)),
+        resolver: own,
         telemetry: Telemetry::new(version, Some(&Handle::current())),
         connections: Connections::default(),
         fetch: None,
@@ -163,6 +167,21 @@ fn make_node(config: &Config, settings: &MeshSettings, first: &MeshFile) -> anyh
             },
         },
     })
+}
+
+/// Read once: what asks them later keeps their answers.
+fn name_servers() -> Option<Upstreams> {
+    let upstreams = Upstreams::of_system();
+    upstreams.inspect_err(|error| tracing::warn!(%error, "names are not looked up")).ok()
+}
+
+fn dns(config: &Config, settings: &DnsSettings, upstreams: Option<Upstreams>) -> Dns {
+    Dns {
+        cluster_domain: settings.cluster_domain.clone(),
+        prefer_namespace: settings.prefer_namespace.clone(),
+        ipv6: config.ipv6,
+        upstreams,
+    }
 }
 
 /// The log goes to standard error, from a thread of its own; it ends with the process.

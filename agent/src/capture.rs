@@ -35,7 +35,7 @@ pub use culvert_core::tables::{NetnsCookie, PodSpec};
 pub use detach::{DetachReport, detach};
 pub use logs::{KERNEL_LOG, KernelLogs};
 pub use maps::MapCounts;
-pub use netns::{Listeners, Netns, NetnsError};
+pub use netns::{DnsSockets, Listeners, Netns, NetnsError};
 pub use sys::raise_open_files;
 
 use links::Programs;
@@ -146,7 +146,8 @@ impl Capture {
             // Nothing is known of these pods but that they are to be captured. They have no address
             // and no listener, so they are refused everything until they are enrolled again.
             for cookie in &adopted {
-                maps.change(|tables| tables.enrol(*cookie, &PodSpec::default()))?;
+                let spec = PodSpec { capture_dns: true, ..PodSpec::default() };
+                maps.change(|tables| tables.enrol(*cookie, &spec))?;
             }
         }
         let cgroup = File::open(&options.cgroup).map_err(|error| CaptureError::Path {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use culvert_core::view::{Answers, Coverage, Fetched, Need, Step, View};
+use culvert_core::workload::Workload;
 
 use crate::node::Node;
 
@@ -19,7 +20,24 @@ const MOST_FETCHED: usize = 16;
 ///
 /// Each round sees one snapshot whole. A need is answered once, also by "absent", so the loop ends
 /// after as many rounds as the decision has distinct needs.
-pub async fn decide<T>(node: &Node, mut decision: impl FnMut(&View<'_>) -> Step<T>) -> T {
+pub async fn decide<T>(node: &Node, decision: impl FnMut(&View<'_>) -> Step<T>) -> T {
+    answer(node, |_| {}, decision).await
+}
+
+/// The same, for a connection of `source`: look-ups count as its own.
+pub async fn decide_for<T>(
+    node: &Node,
+    source: &Workload,
+    decision: impl FnMut(&View<'_>) -> Step<T>,
+) -> T {
+    answer(node, |hostname| node.telemetry.on_demand_dns(source, hostname), decision).await
+}
+
+async fn answer<T>(
+    node: &Node,
+    looked_up: impl Fn(&Arc<str>),
+    mut decision: impl FnMut(&View<'_>) -> Step<T>,
+) -> T {
     let mut answers = Answers::default();
     let mut fetched = 0;
     let coverage = match node.fetch {
@@ -44,7 +62,8 @@ pub async fn decide<T>(node: &Node, mut decision: impl FnMut(&View<'_>) -> Step<
         };
         match need {
             Need::Dns(hostname) => {
-                let addresses = resolve(&hostname).await;
+                looked_up(&hostname);
+                let addresses = resolve(node, &hostname).await;
                 answers.note_dns(hostname, addresses);
             }
             Need::Resource(key) => {
@@ -60,10 +79,10 @@ pub async fn decide<T>(node: &Node, mut decision: impl FnMut(&View<'_>) -> Step<
 }
 
 /// The addresses of `hostname`, none when the resolver has no answer in time.
-async fn resolve(hostname: &Arc<str>) -> Vec<IpAddr> {
-    let target = (hostname.as_ref(), 0);
-    match tokio::time::timeout(DNS_LIMIT, tokio::net::lookup_host(target)).await {
-        Ok(Ok(found)) => found.map(|addr| addr.ip().to_canonical()).collect(),
+async fn resolve(node: &Node, hostname: &Arc<str>) -> Vec<IpAddr> {
+    let Some(resolver) = &node.resolver else { return Vec::new() };
+    match tokio::time::timeout(DNS_LIMIT, resolver.addresses(hostname)).await {
+        Ok(Ok(found)) => found,
         Ok(Err(error)) => {
             tracing::debug!(%hostname, %error, "no address for workload hostname");
             Vec::new()

@@ -9,7 +9,7 @@ use culvert_abi::{APPLICATION_MARK, OUTBOUND_MARK};
 pub use culvert_core::admit::DialFrom;
 use rand::RngExt;
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 use tokio::time::timeout;
 
 use crate::capture::sys::set_option;
@@ -49,6 +49,30 @@ pub async fn dial_out(
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
     connect(socket, dst).await
+}
+
+/// A UDP socket out of a pod, connected, and like the TCP ones of [`dial_out`] otherwise.
+pub fn udp_out(netns: &Netns, capture: &Capture, dst: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = netns.run(|| open_udp(dst))??;
+    capture.exempt(socket.as_fd()).map_err(io::Error::other)?;
+    socket.set_mark(OUTBOUND_MARK)?;
+    connect_udp(socket, dst)
+}
+
+/// A UDP socket of the agent's own namespace, connected.
+pub fn udp(dst: SocketAddr) -> io::Result<UdpSocket> {
+    connect_udp(open_udp(dst)?, dst)
+}
+
+fn open_udp(dst: SocketAddr) -> io::Result<Socket> {
+    Socket::new(Domain::for_address(dst), Type::DGRAM, Some(Protocol::UDP))
+}
+
+/// The kernel picks the port, and lets in what comes from the other end only.
+fn connect_udp(socket: Socket, dst: SocketAddr) -> io::Result<UdpSocket> {
+    socket.set_nonblocking(true)?;
+    socket.connect(&dst.into())?;
+    UdpSocket::from_std(socket.into())
 }
 
 /// Dials an application within its pod, over `lo`. Such a connection is the pod's own business to

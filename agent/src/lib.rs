@@ -21,6 +21,7 @@ pub mod pods;
 pub mod session;
 
 pub mod dial;
+pub mod dns;
 pub mod hbone;
 pub mod relay;
 

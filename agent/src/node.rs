@@ -20,6 +20,7 @@ use crate::ca::Certificates;
 use crate::capture::Capture;
 use crate::config::Keepalive;
 use crate::connections::Connections;
+use crate::dns::{Dns, OwnResolver};
 use crate::hbone;
 use crate::pods::Pod;
 use crate::telemetry::{Denial, DenialReason, DryRunEvaluation, Telemetry};
@@ -36,6 +37,10 @@ pub struct Node {
     pub mesh: Arc<Mesh>,
     pub capture: Arc<Capture>,
     pub certificates: Arc<Certificates>,
+    /// How pods are told names; `None` when they ask their servers themselves.
+    pub dns: Option<Dns>,
+    /// Looks up names as the agent itself; `None` without name servers.
+    pub resolver: Option<OwnResolver>,
     pub telemetry: Telemetry,
     pub connections: Connections,
     /// Brings what the snapshot lacks; `None` where the snapshot is all there is.

@@ -12,7 +12,7 @@ use rand::{RngExt, SeedableRng};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::accept::{accept_until, reset, tune};
-use crate::decide::decide;
+use crate::decide::decide_for;
 use crate::drain::DrainWatch;
 use crate::node::Node;
 use crate::pods::Pod;
@@ -78,8 +78,9 @@ async fn carry(
     // One seed for all rounds of the decision, so that it draws the endpoint that it asked about.
     let seed = rand::rng().random();
     let request = Outbound { source: &source, client: client.ip(), destination: original };
-    let decided =
-        decide(node, |view| route::route(view, &request, &mut SmallRng::seed_from_u64(seed)));
+    let decided = decide_for(node, &source, |view| {
+        route::route(view, &request, &mut SmallRng::seed_from_u64(seed))
+    });
     let routed = match decided.await {
         Ok(routed) => routed,
         Err(error) => return failed(tcp, client.addr(), original.addr(), &error),

@@ -4,6 +4,7 @@
 
 mod access;
 mod context;
+mod dns;
 mod encode;
 mod labels;
 pub mod logging;
@@ -31,6 +32,7 @@ use tokio::runtime::Handle;
 pub use context::{
     Baggage, ConnectionContext, Denial, DenialReason, Failure, Reporter, ResponseFlag,
 };
+pub use dns::{DnsMetrics, DnsSource};
 pub use open::OpenConnection;
 pub use readings::{CertificateReading, KernelReading, SourceReading, TunnelReading};
 pub use series::ByteCounters;
@@ -59,6 +61,7 @@ struct Inner {
     denied: Arc<BoundedCounters<DenialLabels>>,
     dry_run: Arc<BoundedCounters<DryRunEvaluation>>,
     on_demand_dns: Arc<BoundedCounters<OnDemandDnsLabels>>,
+    dns: DnsMetrics,
     rejudged: Counter,
     crl_rejected: Family<[(&'static str, &'static str); 1], Counter>,
     crl_untracked: Family<[(&'static str, &'static str); 1], Counter>,
@@ -118,6 +121,7 @@ impl Telemetry {
                     OnDemandDnsLabels::overflow(),
                 ),
             ),
+            dns: DnsMetrics::new(&mut registry),
             rejudged: Counter::default(),
             crl_rejected: Family::default(),
             crl_untracked: Family::default(),
@@ -160,12 +164,17 @@ impl Telemetry {
 
     /// Counts a destination that had to be looked up by DNS for `source`.
     pub fn on_demand_dns(&self, source: &Workload, hostname: &Arc<str>) {
-        self.0.on_demand_dns.increase(OnDemandDnsLabels::of(source, hostname));
+        self.0.on_demand_dns.increase(&OnDemandDnsLabels::of(source, hostname));
+    }
+
+    /// Counts questions that pods ask DNS servers.
+    pub fn dns(&self) -> &DnsMetrics {
+        &self.0.dns
     }
 
     /// Counts the evaluation of a policy that is in dry run.
     pub fn dry_run(&self, evaluation: DryRunEvaluation) {
-        self.0.dry_run.increase(evaluation);
+        self.0.dry_run.increase(&evaluation);
     }
 
     /// Counts a peer that was refused, or a live connection that was cut off, because the peer's
@@ -236,7 +245,7 @@ impl Telemetry {
         if denial.reason == DenialReason::PolicyChange {
             self.0.rejudged.inc();
         }
-        self.0.denied.increase(DenialLabels(denial.clone()));
+        self.0.denied.increase(&DenialLabels(denial.clone()));
     }
 }
 

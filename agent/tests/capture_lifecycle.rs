@@ -380,13 +380,13 @@ fn detaching_leaves_no_trace() {
     pod.netns.add_return_route().unwrap();
     assert_ne!(set_up(&pod), plain);
     let trace = Trace::of(&node.options);
-    assert_eq!((trace.links.len(), trace.programs.len()), (8, 8));
+    assert_eq!((trace.links.len(), trace.programs.len()), (12, 12));
     assert!(trace.maps.len() > 10);
     assert!(trace.remains());
     drop(capture);
 
     let report = detach(&node.options.pin_path).unwrap();
-    assert_eq!(report, DetachReport { programs: 7, pods: 1, unreachable: vec![] });
+    assert_eq!(report, DetachReport { programs: 11, pods: 1, unreachable: vec![] });
     assert!(!node.options.pin_path.exists());
     assert_eq!(set_up(&pod), plain);
     eventually("nothing left in the kernel", || !trace.remains());

@@ -1,11 +1,16 @@
-//! What becomes of a connection that a process opens; shared by the two connect programs.
+//! What becomes of a connection that a process opens, and of a datagram that it sends to a DNS
+//! server; shared by the connect and the sendmsg programs.
 
 use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::{BPF_TCP_ESTABLISHED, bpf_sock};
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_set_retval, bpf_skc_to_mptcp_sock};
 use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::debug;
-use culvert_abi::{Address, ExcludedNet, ExcludedPort, Pod, SocketRole, SocketState};
+use culvert_abi::{
+    Address, DNS_PORT, ExcludedNet, ExcludedPort, OUTBOUND_PORT, Pod, RESOLVER_PORT, SocketRole,
+    SocketState,
+};
 
 use crate::context::{self, read};
 use crate::counts::count;
@@ -22,8 +27,8 @@ pub enum Connect {
     Untouched,
     /// The system call fails.
     Refused,
-    /// The socket connects to the agent instead.
-    Captured(Target),
+    /// It goes to this port of the agent instead.
+    Captured(Target, u16),
 }
 
 /// Where in the pod the agent is connected to.
@@ -47,8 +52,8 @@ impl Target {
     }
 }
 
-/// Only TCP of enrolled pods is captured. The socket of an MPTCP client arrives here as the TCP
-/// socket of its first subflow.
+/// TCP of enrolled pods is captured, and UDP to DNS servers where the pod wants that. The socket of
+/// an MPTCP client arrives here as the TCP socket of its first subflow.
 #[inline(always)]
 pub fn connect(ctx: &SockAddrContext, destination: Address) -> Connect {
     // SAFETY: the helper takes any context of this program type (Linux 5.7).
@@ -61,9 +66,11 @@ pub fn connect(ctx: &SockAddrContext, destination: Address) -> Connect {
     // SAFETY: `addr` is the context.
     let (protocol, port, sk) =
         unsafe { (read!((*addr).protocol), context::port(addr), (*addr).__bindgen_anon_1.sk) };
-    if protocol != context::TCP || sk.is_null() || pod.flags & Pod::LEAVING != 0 {
+    let is_tcp = protocol == context::TCP;
+    if !(is_tcp || protocol == context::UDP) || sk.is_null() || pod.flags & Pod::LEAVING != 0 {
         return Connect::Untouched;
     }
+    let asks = asks(pod, port);
     // SAFETY: `sk` is the context's, and not null.
     let before = unsafe { socket::state(sk.cast()) };
     if let Some(before) = before {
@@ -77,19 +84,15 @@ pub fn connect(ctx: &SockAddrContext, destination: Address) -> Connect {
         // SAFETY: as above; the value belongs to this socket.
         unsafe { (*before).role = SocketRole::Plain as u32 };
     }
-    if is_own(netns, destination) {
-        count(|counts| &mut counts.passed_own);
+    if !is_tcp && !asks {
         return Connect::Untouched;
     }
-    if is_excluded(netns, pod, destination, port) {
-        count(|counts| &mut counts.passed_excluded);
+    if is_left_alone(netns, pod, destination, port) {
         return Connect::Untouched;
     }
-    let is_v4 = destination.is_v4();
-    let own = if is_v4 { pod.ipv4 } else { pod.ipv6 };
+    let own = if destination.is_v4() { pod.ipv4 } else { pod.ipv6 };
     if own.is_unspecified() {
         debug!(ctx, "netns {}: no address to reach {:i} port {} from", netns, destination.ip, port);
-        count(|counts| &mut counts.refused_family);
         return refuse_unreachable();
     }
     let role = SocketRole::Captured as u32;
@@ -98,7 +101,7 @@ pub fn connect(ctx: &SockAddrContext, destination: Address) -> Connect {
     if !unsafe { socket::note(sk.cast(), &mut state) } {
         return Connect::Refused;
     }
-    if HAVE_MPTCP.load() != 0 {
+    if is_tcp && HAVE_MPTCP.load() != 0 {
         // SAFETY: `sk` is the context's; the result is checked.
         let mptcp = unsafe { bpf_skc_to_mptcp_sock(sk.cast()) };
         if !mptcp.is_null() {
@@ -108,17 +111,110 @@ pub fn connect(ctx: &SockAddrContext, destination: Address) -> Connect {
         }
     }
     debug!(ctx, "netns {}: captured to {:i} port {}", netns, destination.ip, port);
-    count(|counts| &mut counts.captured);
-    // A socket that is bound to a device does not reach 127.0.0.1, but it does reach its own address.
     // SAFETY: `sk` is the context's, and not null.
-    let device = unsafe { read!((*sk).bound_dev_if) };
-    Connect::Captured(if device != 0 && device != LOOPBACK {
+    let target = unsafe { target(sk, destination, own) };
+    if asks {
+        count(|counts| &mut counts.captured_dns);
+        return Connect::Captured(target, DNS_PORT);
+    }
+    count(|counts| &mut counts.captured);
+    Connect::Captured(target, OUTBOUND_PORT)
+}
+
+/// A datagram is about to be sent to an address that the call names.
+#[inline(always)]
+pub fn send(ctx: &SockAddrContext, destination: Address) -> Connect {
+    let addr = ctx.sock_addr;
+    // SAFETY: `addr` is the context.
+    let (port, sk) = unsafe { (context::port(addr), (*addr).__bindgen_anon_1.sk) };
+    if port != RESOLVER_PORT as u32 || sk.is_null() {
+        return Connect::Untouched;
+    }
+    // SAFETY: the helper takes any context of this program type (Linux 5.7).
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let Some(pod) = PODS.get_ptr(netns) else { return Connect::Untouched };
+    // SAFETY: as in `connect`.
+    let pod = unsafe { &*pod };
+    if !asks(pod, port) || pod.flags & Pod::LEAVING != 0 {
+        return Connect::Untouched;
+    }
+    // SAFETY: `sk` is the context's, and not null.
+    let (before, state) = unsafe { (socket::state(sk.cast()), read!((*sk).state)) };
+    let mut is_connected = false;
+    if let Some(before) = before {
+        // SAFETY: returned by `state`.
+        if unsafe { socket::is(before, SocketRole::Exempt) } {
+            count(|counts| &mut counts.passed_agent);
+            return Connect::Untouched;
+        }
+        // SAFETY: as above.
+        is_connected = state == BPF_TCP_ESTABLISHED
+            && unsafe { socket::is(before, SocketRole::Captured) };
+    }
+    if is_left_alone(netns, pod, destination, port) {
+        return Connect::Untouched;
+    }
+    let own = if destination.is_v4() { pod.ipv4 } else { pod.ipv6 };
+    if own.is_unspecified() {
+        return refuse_unreachable();
+    }
+    // What the socket is connected to stays its peer.
+    if !is_connected {
+        let role = SocketRole::Asking as u32;
+        let mut state = SocketState { role, port, original: destination, own };
+        // SAFETY: `sk` is the context's, and not null.
+        if !unsafe { socket::note(sk.cast(), &mut state) } {
+            return Connect::Refused;
+        }
+    }
+    debug!(ctx, "netns {}: question to {:i} captured", netns, destination.ip);
+    count(|counts| &mut counts.captured_dns);
+    // The interface in a link-local destination has been taken over already, and counts as one that
+    // the socket is bound to.
+    let target = if destination.is_link_local() {
         Target::Own(own)
-    } else if is_v4 {
+    } else {
+        // SAFETY: `sk` is the context's, and not null.
+        unsafe { target(sk, destination, own) }
+    };
+    Connect::Captured(target, DNS_PORT)
+}
+
+/// Whether what goes to this port is a question for the agent.
+#[inline(always)]
+fn asks(pod: &Pod, port: u32) -> bool {
+    port == RESOLVER_PORT as u32 && pod.flags & Pod::CAPTURES_DNS != 0
+}
+
+/// A socket that is bound to a device does not reach 127.0.0.1, but it does reach its own address.
+///
+/// # Safety
+/// `sk` is the context's, and not null.
+#[inline(always)]
+unsafe fn target(sk: *mut bpf_sock, destination: Address, own: Address) -> Target {
+    // SAFETY: by this function's contract.
+    let device = unsafe { read!((*sk).bound_dev_if) };
+    if device != 0 && device != LOOPBACK {
+        Target::Own(own)
+    } else if destination.is_v4() {
         Target::LoopbackV4
     } else {
         Target::LoopbackV6
-    })
+    }
+}
+
+/// Whether it stays within the pod, or is excluded.
+#[inline(always)]
+fn is_left_alone(netns: u64, pod: &Pod, destination: Address, port: u32) -> bool {
+    if is_own(netns, destination) {
+        count(|counts| &mut counts.passed_own);
+        return true;
+    }
+    let excluded = is_excluded(netns, pod, destination, port);
+    if excluded {
+        count(|counts| &mut counts.passed_excluded);
+    }
+    excluded
 }
 
 /// Loopback, the pod itself, or "this host" (RFC 1122 section 3.2.1.3).
@@ -150,6 +246,7 @@ fn is_excluded(netns: u64, pod: &Pod, destination: Address, port: u32) -> bool {
 /// one, while a connection to the agent would look like success to them.
 #[inline(always)]
 fn refuse_unreachable() -> Connect {
+    count(|counts| &mut counts.refused_family);
     if HAVE_SET_RETVAL.load() != 0 {
         // SAFETY: takes a number only (Linux 5.18). Otherwise the application sees EPERM.
         unsafe { bpf_set_retval(-ENETUNREACH) };

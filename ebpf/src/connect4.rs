@@ -2,7 +2,6 @@
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use culvert_abi::OUTBOUND_PORT;
 
 use crate::connect::{Connect, connect};
 use crate::context;
@@ -15,11 +14,11 @@ pub fn cv_connect4(ctx: SockAddrContext) -> i32 {
     match connect(&ctx, unsafe { context::address4(addr) }) {
         Connect::Untouched => 1,
         Connect::Refused => 0,
-        Connect::Captured(target) => {
+        Connect::Captured(target, port) => {
             // SAFETY: as above.
             unsafe {
                 context::set_words4(addr, target.words());
-                context::set_port(addr, OUTBOUND_PORT);
+                context::set_port(addr, port);
             }
             1
         }

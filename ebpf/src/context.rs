@@ -6,12 +6,14 @@
 //! copied whole.
 
 use aya_ebpf::bindings::{bpf_sk_lookup, bpf_sock_addr, bpf_sock_ops};
-use culvert_abi::Address;
+use culvert_abi::{Address, DNS_PORT, OUTBOUND_PORT};
 
 /// `AF_INET`.
 const INET: u32 = 2;
 /// `IPPROTO_TCP`.
 pub const TCP: u32 = 6;
+/// `IPPROTO_UDP`.
+pub const UDP: u32 = 17;
 
 /// Reads one field of a context.
 macro_rules! read {
@@ -98,6 +100,12 @@ pub unsafe fn lookup_ends(lookup: *mut bpf_sk_lookup) -> Ends {
             remote_port: u16::from_be(read!((*lookup).remote_port)) as u32,
         }
     }
+}
+
+/// Whether captured sockets are connected to this port.
+#[inline(always)]
+pub fn is_agents(port: u32) -> bool {
+    port == OUTBOUND_PORT as u32 || port == DNS_PORT as u32
 }
 
 /// The port a socket address program is about, in host byte order.

@@ -2,7 +2,7 @@
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use culvert_abi::{OUTBOUND_PORT, SocketRole};
+use culvert_abi::SocketRole;
 
 use crate::{context, socket};
 
@@ -13,7 +13,7 @@ pub fn cv_getpeername4(ctx: SockAddrContext) -> i32 {
     // SAFETY: `addr` is the context, this program is for IPv4, and the state is the socket's own.
     unsafe {
         let sk = (*addr).__bindgen_anon_1.sk;
-        if sk.is_null() || context::port(addr) != OUTBOUND_PORT as u32 {
+        if sk.is_null() || !context::is_agents(context::port(addr)) {
             return 1;
         }
         if let Some(state) = socket::state(sk.cast())

@@ -8,6 +8,8 @@
 //! | program | attached to | from Linux |
 //! |---|---|---|
 //! | `cv_connect4`, `cv_connect6` | cgroup | 4.17 |
+//! | `cv_sendmsg4`, `cv_sendmsg6` | cgroup | 4.18 |
+//! | `cv_recvmsg4`, `cv_recvmsg6` | cgroup | 5.2 |
 //! | `cv_getpeername4`, `…6`, `cv_getsockname4`, `…6` | cgroup | 5.8 |
 //! | `cv_sockops` | cgroup | 5.15, for the namespace's cookie |
 //! | `cv_sk_lookup` | each pod's network namespace | 5.9 |
@@ -28,6 +30,10 @@ mod getpeername4;
 mod getpeername6;
 mod getsockname4;
 mod getsockname6;
+mod recvmsg4;
+mod recvmsg6;
+mod sendmsg4;
+mod sendmsg6;
 mod sk_lookup;
 mod sockops;
 

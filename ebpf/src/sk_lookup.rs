@@ -8,7 +8,7 @@ use aya_ebpf::macros::sk_lookup;
 use aya_ebpf::programs::SkLookupContext;
 use aya_log_ebpf::debug;
 use culvert_abi::{
-    ExcludedPort, HBONE_PORT, Listener, ListenerKey, OUTBOUND_PORT, PLAINTEXT_PORT, Pod, Probe,
+    DNS_PORT, ExcludedPort, HBONE_PORT, Listener, ListenerKey, OUTBOUND_PORT, PLAINTEXT_PORT, Pod, Probe,
 };
 
 use crate::context::{Ends, TCP, lookup_ends, read};
@@ -29,11 +29,18 @@ pub fn cv_sk_lookup(ctx: SkLookupContext) -> u32 {
     let (protocol, interface, ends) = unsafe {
         (read!((*lookup).protocol), read!((*lookup).ingress_ifindex), lookup_ends(lookup))
     };
+    let netns = POD_NETNS.load();
+    if protocol != TCP && ends.local_port != DNS_PORT as u32 {
+        return SK_PASS;
+    }
+    let inside = interface == LOOPBACK || is_own(netns, &ends);
+    if ends.local_port == DNS_PORT as u32 && has(netns, Pod::CAPTURES_DNS) {
+        return asked(&ctx, netns, inside);
+    }
     if protocol != TCP {
         return SK_PASS;
     }
-    let netns = POD_NETNS.load();
-    if interface == LOOPBACK || is_own(netns, &ends) {
+    if inside {
         return from_inside(&ctx, netns, ends.local_port);
     }
     from_outside(&ctx, netns, &ends)
@@ -51,6 +58,17 @@ fn is_own(netns: u64, ends: &Ends) -> bool {
         unsafe { ADDRESSES.get(address) }.is_some_and(|owner| *owner == netns)
     };
     owned(ends.remote) && owned(ends.local)
+}
+
+/// The agent answers the pod's own questions only.
+#[inline(always)]
+fn asked(ctx: &SkLookupContext, netns: u64, inside: bool) -> u32 {
+    if inside {
+        return SK_PASS;
+    }
+    debug!(ctx, "netns {}: question from outside refused", netns);
+    count(|counts| &mut counts.inbound_refused);
+    SK_DROP
 }
 
 /// Only captured connections, which were led to the agent's port, are its business.
@@ -115,12 +133,16 @@ fn lead(ctx: &SkLookupContext, netns: u64, port: u32, listener: Listener) -> u32
 
 #[inline(always)]
 fn is_excluded(netns: u64, port: u32) -> bool {
+    let key = ExcludedPort::new(netns, port as u16, ExcludedPort::INBOUND);
+    has(netns, Pod::HAS_EXCLUDED_INBOUND_PORTS) && EXCLUDED_PORTS.get_ptr(key).is_some()
+}
+
+/// Whether the pod has a flag.
+#[inline(always)]
+fn has(netns: u64, flag: u32) -> bool {
     let Some(pod) = PODS.get_ptr(netns) else { return false };
-    // SAFETY: the flags are read at once; a stale value costs a look-up.
-    if unsafe { (*pod).flags } & Pod::HAS_EXCLUDED_INBOUND_PORTS == 0 {
-        return false;
-    }
-    EXCLUDED_PORTS.get_ptr(ExcludedPort::new(netns, port as u16, ExcludedPort::INBOUND)).is_some()
+    // SAFETY: the flags are read at once.
+    unsafe { (*pod).flags & flag != 0 }
 }
 
 /// Gives the connection to one of the pod's listeners, or drops it: nobody else may have it.

@@ -5,7 +5,7 @@ use core::ptr;
 
 use aya_ebpf::bindings::BPF_SK_STORAGE_GET_F_CREATE;
 use aya_ebpf::helpers::generated::bpf_sk_storage_get;
-use culvert_abi::{SocketRole, SocketState};
+use culvert_abi::{Address, SocketRole, SocketState};
 
 use crate::maps::SOCKETS;
 
@@ -53,4 +53,18 @@ pub unsafe fn note(sk: *mut c_void, state: &mut SocketState) -> bool {
 pub unsafe fn is(state: *const SocketState, role: SocketRole) -> bool {
     // SAFETY: by this function's contract.
     unsafe { (*state).role == role as u32 }
+}
+
+/// Whether a datagram from this address answers what the socket asked a DNS server. Only this host
+/// can send from these addresses: the kernel drops what arrives from elsewhere with one of its own.
+///
+/// # Safety
+/// `state` was returned by [`state`].
+#[inline(always)]
+pub unsafe fn has_asked(state: *const SocketState, from: Address) -> bool {
+    // SAFETY: by this function's contract.
+    unsafe {
+        (is(state, SocketRole::Asking) || is(state, SocketRole::Captured))
+            && (from.is_loopback() || from == (*state).own)
+    }
 }

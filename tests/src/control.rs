@@ -5,6 +5,8 @@
 //! Further services join it through [`ControlPlane::start_with`].
 
 pub mod ads;
+pub mod ca;
+pub mod serving;
 pub mod world;
 
 use std::io;
@@ -34,6 +36,7 @@ use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
 pub use ads::{Behaviour, Recorded};
+pub use serving::{ServerAuthority, Serving};
 pub use world::World;
 
 /// Where to listen.

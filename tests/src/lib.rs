@@ -7,6 +7,7 @@
 pub mod control;
 pub mod figures;
 pub mod load;
+pub mod names;
 pub mod parsers;
 pub mod peer;
 
@@ -90,4 +91,22 @@ pub fn call(mesh: &Running, pod: &str, to: (IpAddr, u16), text: &str) -> io::Res
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer)
+}
+
+/// The big-endian bytes of a certificate's serial number in decimal.
+pub fn serial_bytes(decimal: &str) -> anyhow::Result<Vec<u8>> {
+    let mut bytes = vec![0_u8];
+    for digit in decimal.chars() {
+        let digit = digit.to_digit(10).ok_or_else(|| anyhow::anyhow!("{decimal} is no number"))?;
+        let mut carry = digit;
+        for byte in bytes.iter_mut().rev() {
+            carry += u32::from(*byte) * 10;
+            *byte = (carry & 0xff) as u8;
+            carry >>= 8;
+        }
+        if carry > 0 {
+            bytes.insert(0, carry as u8);
+        }
+    }
+    Ok(bytes)
 }

@@ -8,6 +8,7 @@ use anyhow::{Result, bail};
 
 use crate::shell::{self, Steps};
 
+mod deploy;
 mod imports;
 mod limits;
 mod manifests;
@@ -17,7 +18,7 @@ mod source;
 /// Check format, lints, sizes, imports, docs and licences
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Only our own rules on sizes and imports, which take no compiling
+    /// Only our own rules on sizes, imports and deployment, which take no compiling
     #[arg(long)]
     rules: bool,
 }
@@ -31,7 +32,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             failed.push(name.to_owned());
         }
     };
-    check("sizes, imports and unsafe blocks", &rules);
+    check("sizes, imports, unsafe blocks and deployment", &rules);
     if !arguments.rules {
         check("format", &format);
         check("clippy", &clippy);
@@ -66,6 +67,7 @@ fn rules() -> Result<String> {
     let root = shell::root();
     let sources = source::all(&root)?;
     let mut violations = manifests::check(&root)?;
+    violations.extend(deploy::check(&root, &sources)?);
     for source in &sources {
         violations.extend(limits::check(source));
         violations.extend(safety::check(source));

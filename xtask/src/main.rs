@@ -14,6 +14,7 @@ mod setup;
 mod bench;
 mod check;
 mod demo;
+mod image;
 mod test;
 
 /// Culvert's developer commands.
@@ -31,6 +32,7 @@ enum Command {
     Test(test::Arguments),
     Demo(demo::Arguments),
     Bench(bench::Arguments),
+    Image(image::Arguments),
     #[command(hide = true)]
     BenchServer(bench::server::Arguments),
     #[command(hide = true)]
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         Command::Test(arguments) => test::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Image(arguments) => image::run(&arguments),
         Command::BenchServer(arguments) => bench::server::run(&arguments),
         Command::BenchLoad(arguments) => bench::load::run(&arguments),
     };

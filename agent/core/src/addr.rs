@@ -13,8 +13,10 @@ pub const HBONE_PORT: u16 = 15008;
 pub const OUTBOUND_PORT: u16 = 15001;
 /// The port on which captured inbound plaintext connections arrive.
 pub const INBOUND_PLAINTEXT_PORT: u16 = 15006;
+/// Where the agent answers a pod's questions for names.
+pub const DNS_PORT: u16 = 15053;
 /// Ports of the agent itself, never a valid destination through it (loop protection).
-pub const RESERVED_PORTS: [u16; 3] = [HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT];
+pub const RESERVED_PORTS: [u16; 4] = [HBONE_PORT, INBOUND_PLAINTEXT_PORT, OUTBOUND_PORT, DNS_PORT];
 
 macro_rules! role {
     ($(#[$doc:meta])* $name:ident) => {

@@ -19,6 +19,7 @@ pub mod intern;
 pub mod snapshot;
 pub mod view;
 
+pub mod names;
 pub mod resolve;
 
 pub mod balance;

@@ -210,6 +210,14 @@ impl Snapshot {
         best(self.service_index.named(hostname), client_namespace)
     }
 
+    /// The services with a hostname, one of each namespace that has it.
+    pub fn services_named<'a>(
+        &'a self,
+        hostname: &str,
+    ) -> impl DoubleEndedIterator<Item = &'a Arc<Service>> + Clone {
+        self.service_index.named(hostname)
+    }
+
     /// The endpoints that may take traffic: those that workloads declare as far as the service's
     /// health policy lets them, and the service's own.
     pub fn endpoints<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = Endpoint<'a>> {

@@ -33,6 +33,8 @@ pub struct PodSpec {
     pub exclude_outbound_cidrs: Vec<IpNet>,
     /// Connections to these ports reach the pod as if it were not enrolled.
     pub exclude_inbound_ports: Vec<u16>,
+    /// What the pod asks DNS servers outside of it is led to the agent.
+    pub capture_dns: bool,
 }
 
 /// Which way an excluded port counts.
@@ -52,6 +54,7 @@ pub struct PodEntry {
     pub excludes_outbound_ports: bool,
     pub excludes_inbound_ports: bool,
     pub excludes_cidrs: bool,
+    pub captures_dns: bool,
     /// Its new connections go their plain way already.
     pub leaving: bool,
 }
@@ -98,6 +101,7 @@ impl Tables {
             excludes_outbound_ports: !spec.exclude_outbound_ports.is_empty(),
             excludes_inbound_ports: !spec.exclude_inbound_ports.is_empty(),
             excludes_cidrs: !spec.exclude_outbound_cidrs.is_empty(),
+            captures_dns: spec.capture_dns,
             leaving: false,
         };
         self.pods.insert(cookie, entry);

@@ -15,6 +15,8 @@ use super::http;
 pub const STATE_MANAGER: &str = "state manager";
 /// Open until start-up has ended.
 pub const PROXY: &str = "proxy";
+/// Open until start-up has ended, where the agent answers pods' questions for names.
+pub const DNS_PROXY: &str = "dns proxy";
 /// Open until no known pod waits to be enrolled, and again when one does.
 pub const WORKLOAD_PROXY_MANAGER: &str = "workload proxy manager";
 

@@ -7,6 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use culvert_abi::DNS_PORT;
 use culvert_core::workload::Workload;
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
@@ -14,8 +15,9 @@ use tokio::time::Instant;
 
 use crate::admin::readiness::{OpenTask, Readiness, WORKLOAD_PROXY_MANAGER};
 use crate::capture::{
-    CaptureError, Listeners, Netns, NetnsCookie, NetnsError, PodListeners, PodSpec,
+    CaptureError, DnsSockets, Listeners, Netns, NetnsCookie, NetnsError, PodListeners, PodSpec,
 };
+use crate::dns::{self, Dns};
 use crate::drain::DrainWatch;
 use crate::file::{NetnsRef, PodSettings};
 use crate::hbone::Pool;
@@ -207,6 +209,7 @@ impl Enrolment {
             exclude_outbound_ports: settings.exclude_outbound_ports.clone(),
             exclude_outbound_cidrs: settings.exclude_outbound_cidrs.clone(),
             exclude_inbound_ports: settings.exclude_inbound_ports.clone(),
+            capture_dns: self.node.dns.is_some(),
         };
         if let Some(enrolled) = self.enrolled.get_mut(uid) {
             if enrolled.spec != spec {
@@ -254,10 +257,20 @@ impl Enrolment {
     ) -> Result<(), EnrolError> {
         let netns = Arc::new(Netns::open(settings.netns.path())?);
         let listeners = netns.listen().map_err(EnrolError::Listen)?;
+        let dns = self.listen_for_dns(&netns, &spec)?;
         let pool = Pool::new(self.node.tunnels.clone());
         let pod = Pod::new(uid.clone(), netns.clone(), pool);
         let pod = Arc::new(pod);
-        let serving = self.serve(&pod, &listeners).map_err(EnrolError::Listen)?;
+        let mut serving = self.serve(&pod, &listeners).map_err(EnrolError::Listen)?;
+        serving.extend(dns.map(|(dns, sockets)| {
+            tokio::spawn(dns::serve(
+                self.node.clone(),
+                dns,
+                pod.clone(),
+                sockets,
+                self.drain.clone(),
+            ))
+        }));
         let enrolled =
             EnrolledPod { pod: pod.clone(), netns: settings.netns.clone(), spec, listeners };
         self.enrolled.insert(uid.clone(), enrolled);
@@ -287,18 +300,30 @@ impl Enrolment {
         .await?
     }
 
+    /// The sockets for the pod's questions, if the agent answers them.
+    fn listen_for_dns(
+        &self,
+        netns: &Netns,
+        spec: &PodSpec,
+    ) -> Result<Option<(Dns, DnsSockets)>, EnrolError> {
+        let Some(dns) = self.node.dns.clone() else { return Ok(None) };
+        let sockets =
+            netns.listen_for_dns(&spec.addresses, DNS_PORT).map_err(EnrolError::Listen)?;
+        Ok(Some((dns, sockets)))
+    }
+
     fn serve(
         &self,
         pod: &Arc<Pod>,
         listeners: &Listeners,
-    ) -> std::io::Result<[tokio::task::JoinHandle<()>; 3]> {
+    ) -> std::io::Result<Vec<tokio::task::JoinHandle<()>>> {
         let Listeners { outbound, plaintext, hbone } = listeners.try_clone()?;
         let outbound = TcpListener::from_std(outbound)?;
         let plaintext = TcpListener::from_std(plaintext)?;
         let hbone = TcpListener::from_std(hbone)?;
         let own = || (self.node.clone(), pod.clone());
         let ((a, b), (c, d), (e, f)) = (own(), own(), own());
-        Ok([
+        Ok(vec![
             tokio::spawn(outbound::serve(a, b, outbound, self.drain.clone())),
             tokio::spawn(inbound::serve_plaintext(c, d, plaintext, self.drain.clone())),
             tokio::spawn(inbound::serve_hbone(e, f, hbone, self.drain.clone())),

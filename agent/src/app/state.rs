@@ -74,7 +74,10 @@ fn kernel(node: &Node) -> KernelReading {
         }
     };
     KernelReading {
-        captured: events.captured + events.inbound_plaintext + events.inbound_hbone,
+        captured: events.captured
+            + events.captured_dns
+            + events.inbound_plaintext
+            + events.inbound_hbone,
         passed: events.passed_own
             + events.passed_excluded
             + events.passed_agent

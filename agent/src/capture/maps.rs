@@ -273,7 +273,8 @@ fn pod_value(pod: PodEntry) -> Pod {
         flags: flag(pod.excludes_outbound_ports, Pod::HAS_EXCLUDED_OUTBOUND_PORTS)
             | flag(pod.excludes_inbound_ports, Pod::HAS_EXCLUDED_INBOUND_PORTS)
             | flag(pod.excludes_cidrs, Pod::HAS_EXCLUDED_NETS)
-            | flag(pod.leaving, Pod::LEAVING),
+            | flag(pod.leaving, Pod::LEAVING)
+            | flag(pod.captures_dns, Pod::CAPTURES_DNS),
     }
 }
 
@@ -291,6 +292,7 @@ fn pod_entry(pod: Pod) -> PodEntry {
         excludes_outbound_ports: pod.flags & Pod::HAS_EXCLUDED_OUTBOUND_PORTS != 0,
         excludes_inbound_ports: pod.flags & Pod::HAS_EXCLUDED_INBOUND_PORTS != 0,
         excludes_cidrs: pod.flags & Pod::HAS_EXCLUDED_NETS != 0,
+        captures_dns: pod.flags & Pod::CAPTURES_DNS != 0,
         leaving: pod.flags & Pod::LEAVING != 0,
     }
 }
@@ -346,6 +348,7 @@ fn add(sum: Counts, one: &Counts) -> Counts {
         inbound_node: sum.inbound_node + one.inbound_node,
         inbound_refused: sum.inbound_refused + one.inbound_refused,
         probes_full: sum.probes_full + one.probes_full,
+        captured_dns: sum.captured_dns + one.captured_dns,
     }
 }
 

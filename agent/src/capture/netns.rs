@@ -4,7 +4,7 @@ mod routes;
 
 use std::fs::File;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,6 +14,9 @@ use culvert_core::tables::NetnsCookie;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::sys;
+
+/// Wanted room for questions that wait to be read, in bytes.
+const QUERY_BUFFER: usize = 1 << 20;
 
 /// The calling thread's namespace.
 const CURRENT: &str = "/proc/thread-self/ns/net";
@@ -95,6 +98,32 @@ impl Netns {
         })?
     }
 
+    /// Opens the agent's DNS listeners of a pod: on loopback of both families, and on these
+    /// addresses of the pod, which sockets are led to that are bound to a device. Where there is no
+    /// IPv6, its listeners are left out.
+    pub fn listen_for_dns(&self, own: &[IpAddr], port: u16) -> io::Result<DnsSockets> {
+        let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+        let addresses = loopback.iter().chain(own).map(|ip| SocketAddr::new(*ip, port));
+        self.run(|| {
+            let mut sockets = DnsSockets::default();
+            for addr in addresses {
+                let opened = listen_for_queries(addr);
+                let failed = |error: io::Error| {
+                    io::Error::new(error.kind(), format!("listening on {addr}: {error}"))
+                };
+                match opened {
+                    Ok((udp, tcp)) => {
+                        sockets.udp.push(udp);
+                        sockets.tcp.push(tcp);
+                    }
+                    Err(error) if addr.is_ipv6() && lacks_ipv6(&error) => {}
+                    Err(error) => return Err(failed(error)),
+                }
+            }
+            Ok(sockets)
+        })?
+    }
+
     /// Lets replies to a client's address that the agent kept towards an application come back to
     /// the agent: what carries the mark is local, and accepted sockets take on the mark.
     pub fn add_return_route(&self) -> io::Result<()> {
@@ -130,6 +159,13 @@ impl Listeners {
             hbone: self.hbone.try_clone()?,
         })
     }
+}
+
+/// The agent's DNS listeners of one pod; non-blocking.
+#[derive(Debug, Default)]
+pub struct DnsSockets {
+    pub udp: Vec<UdpSocket>,
+    pub tcp: Vec<TcpListener>,
 }
 
 /// Puts the thread back, whatever happens.
@@ -191,10 +227,41 @@ fn try_listen(port: u16) -> io::Result<TcpListener> {
 }
 
 fn prepare(socket: &Socket) -> io::Result<()> {
+    share(socket)?;
+    socket.set_tcp_nodelay(true)
+}
+
+/// The next agent listens on the same port before this one has ended.
+fn share(socket: &Socket) -> io::Result<()> {
     socket.set_nonblocking(true)?;
     socket.set_reuse_address(true)?;
-    socket.set_reuse_port(true)?;
-    socket.set_tcp_nodelay(true)
+    socket.set_reuse_port(true)
+}
+
+/// Both transports of one address, which the pod may be about to get only.
+fn listen_for_queries(addr: SocketAddr) -> io::Result<(UdpSocket, TcpListener)> {
+    let open = |kind, protocol| -> io::Result<Socket> {
+        let socket = Socket::new(Domain::for_address(addr), kind, Some(protocol))?;
+        share(&socket)?;
+        match addr {
+            SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
+            SocketAddr::V6(_) => {
+                socket.set_only_v6(true)?;
+                socket.set_freebind_v6(true)?;
+            }
+        }
+        Ok(socket)
+    };
+    let udp = open(Type::DGRAM, Protocol::UDP)?;
+    // As much as the namespace lets it have.
+    let _ = udp.set_recv_buffer_size(QUERY_BUFFER);
+    let tcp = open(Type::STREAM, Protocol::TCP)?;
+    tcp.set_tcp_nodelay(true)?;
+    for socket in [&udp, &tcp] {
+        socket.bind(&addr.into())?;
+    }
+    tcp.listen(libc::c_int::MAX)?;
+    Ok((udp.into(), tcp.into()))
 }
 
 /// Whether a failure says that IPv6 is absent or switched off.

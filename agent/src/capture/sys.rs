@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -232,6 +232,47 @@ pub fn mount_bpf_fs(path: &Path) -> io::Result<()> {
         libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, data.as_ptr().cast())
     };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// A process file system that is mounted nowhere and writable, unlike that of most containers
+/// (fsopen(2), Linux 5.2; `CAP_SYS_ADMIN`).
+pub fn process_fs() -> io::Result<OwnedFd> {
+    // SAFETY: the name is terminated and outlives the call.
+    let context = unsafe { libc::syscall(libc::SYS_fsopen, c"proc".as_ptr(), FSOPEN_CLOEXEC) };
+    let context = descriptor(context)?;
+    let none = std::ptr::null::<libc::c_char>();
+    let context_fd = context.as_raw_fd();
+    // SAFETY: this command takes neither key nor value.
+    let created = unsafe {
+        libc::syscall(libc::SYS_fsconfig, context_fd, FSCONFIG_CMD_CREATE, none, none, 0)
+    };
+    if created < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: takes a descriptor and numbers only.
+    descriptor(unsafe { libc::syscall(libc::SYS_fsmount, context_fd, FSMOUNT_CLOEXEC, 0) })
+}
+
+/// `include/uapi/linux/mount.h`.
+const FSOPEN_CLOEXEC: libc::c_uint = 1;
+const FSMOUNT_CLOEXEC: libc::c_uint = 1;
+const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
+
+fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
+    match RawFd::try_from(result) {
+        // SAFETY: the kernel has just made this descriptor for us alone.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        Ok(_) | Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Opens a file below a folder for writing.
+pub fn open_to_write(folder: BorrowedFd, path: &Path) -> io::Result<File> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let flags = libc::O_WRONLY | libc::O_CLOEXEC;
+    // SAFETY: the path is terminated and outlives the call.
+    let opened = unsafe { libc::openat(folder.as_raw_fd(), path.as_ptr(), flags) };
+    descriptor(opened.into()).map(File::from)
 }
 
 /// Gives back the lock of [`lock`], also for processes that hold a copy of the descriptor.

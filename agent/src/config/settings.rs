@@ -12,7 +12,8 @@ use tracing_subscriber::filter::Targets;
 
 use super::environment::{Environment, duration, number, switch};
 use super::{
-    Config, ConfigError, Http2, Keepalive, Log, LogFormat, Named, PoolLimits, Servers, StatedMesh,
+    Config, ConfigError, Http2, Keepalive, Log, LogFormat, Named, PoolLimits, Redirect, Servers,
+    StatedMesh,
 };
 use super::{plane, proxy};
 
@@ -49,6 +50,8 @@ const DEFAULT_STATS: SocketAddr = v6(Ipv6Addr::UNSPECIFIED, 15020);
 const DEFAULT_READINESS: SocketAddr = v6(Ipv6Addr::UNSPECIFIED, 15021);
 pub(crate) const DEFAULT_PIN_PATH: &str = "/sys/fs/bpf/culvert";
 const DEFAULT_CLUSTER: &str = "Kubernetes";
+/// Where the cgroup hierarchy is customarily mounted.
+const CGROUP_FS: &str = "/sys/fs/cgroup";
 const DEFAULT_STATE_DIR: &str = "/var/lib/culvert";
 
 const fn v4(ip: Ipv4Addr, port: u16) -> SocketAddr {
@@ -93,13 +96,16 @@ impl Config {
             });
         }
         let node = env.flag_or("--node", flags.node, "NODE_NAME")?;
+        let redirect = plane::redirect(&env, cni.is_some())?;
         let cgroup = env.path(flags.cgroup, "CULVERT_CGROUP").or_else(|| around.cgroup2.clone());
+        // Where packet rules redirect, nothing is attached, and a container may see none.
+        let unused = (redirect == Redirect::Cni).then(|| PathBuf::from(CGROUP_FS));
         let pin_path = env.path(flags.pin_path, "CULVERT_PIN_PATH");
         let state_dir = env.path(flags.state_dir, "CULVERT_STATE_DIR");
         Ok(Config {
             xds,
             ca: plane::ca(&env, alone, &cluster)?,
-            redirect: plane::redirect(&env, cni.is_some())?,
+            redirect,
             dns,
             crl: env.path(None, "CRL_PATH"),
             trust_domain_aliases: trust_domain_aliases(&env)?,
@@ -116,7 +122,7 @@ impl Config {
             })?,
             state_dir: state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
             pin_path: pin_path.unwrap_or_else(|| DEFAULT_PIN_PATH.into()),
-            cgroup: cgroup.ok_or(ConfigError::Missing {
+            cgroup: cgroup.or(unused).ok_or(ConfigError::Missing {
                 setting: "CULVERT_CGROUP or --cgroup",
                 what: "no cgroup2 file system is mounted; mount one, or name the directory",
             })?,

@@ -7,10 +7,11 @@ use std::hash::Hash;
 use parking_lot::Mutex;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{
-    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, EncodeLabelSet, MetricEncoder,
-    NoLabelSet,
+    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, EncodeLabelSet, EncodeMetric,
+    MetricEncoder, NoLabelSet,
 };
 use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::histogram::Histogram;
 
 /// One sample of a counter family.
 pub(super) fn counter<L: EncodeLabelSet, V: EncodeCounterValue>(
@@ -49,11 +50,68 @@ impl<L: Hash + Eq + Clone> BoundedCounters<L> {
         Self { name, help, limit, overflow, counts: Mutex::default() }
     }
 
-    pub(super) fn increase(&self, labels: L) {
+    pub(super) fn increase(&self, labels: &L) {
         let mut counts = self.counts.lock();
-        let full = counts.len() >= self.limit && !counts.contains_key(&labels);
-        let labels = if full { self.overflow.clone() } else { labels };
-        *counts.entry(labels).or_default() += 1;
+        if let Some(count) = counts.get_mut(labels) {
+            *count += 1;
+            return;
+        }
+        let full = counts.len() >= self.limit;
+        let labels = if full { &self.overflow } else { labels };
+        *counts.entry(labels.clone()).or_default() += 1;
+    }
+}
+
+/// A family of histograms, bounded likewise.
+pub(super) struct BoundedHistograms<L> {
+    name: &'static str,
+    help: &'static str,
+    bounds: &'static [f64],
+    limit: usize,
+    overflow: L,
+    histograms: Mutex<HashMap<L, Histogram>>,
+}
+
+impl<L: Hash + Eq + Clone> BoundedHistograms<L> {
+    pub(super) fn new(
+        name: &'static str,
+        help: &'static str,
+        bounds: &'static [f64],
+        limit: usize,
+        overflow: L,
+    ) -> BoundedHistograms<L> {
+        Self { name, help, bounds, limit, overflow, histograms: Mutex::default() }
+    }
+
+    pub(super) fn observe(&self, labels: &L, value: f64) {
+        let mut histograms = self.histograms.lock();
+        if let Some(histogram) = histograms.get(labels) {
+            return histogram.observe(value);
+        }
+        let full = histograms.len() >= self.limit;
+        let labels = if full { &self.overflow } else { labels };
+        let new = || Histogram::new(self.bounds.iter().copied());
+        histograms.entry(labels.clone()).or_insert_with(new).observe(value);
+    }
+}
+
+impl<L> fmt::Debug for BoundedHistograms<L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BoundedHistograms").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl<L> Collector for BoundedHistograms<L>
+where
+    L: EncodeLabelSet + Send + Sync + 'static,
+{
+    fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
+        let mut family =
+            encoder.encode_descriptor(self.name, self.help, None, MetricType::Histogram)?;
+        let histograms = self.histograms.lock();
+        histograms
+            .iter()
+            .try_for_each(|(labels, histogram)| histogram.encode(family.encode_family(labels)?))
     }
 }
 

@@ -8,7 +8,7 @@
 #![no_std]
 
 /// Version of the layouts in this crate; kept in [`ABI_MAP`].
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Socket mark of the agent's connections towards an application over `lo`: a routing rule of the
 /// pod sends what carries it to the local table, so that replies to a kept client address come back.
@@ -27,6 +27,10 @@ pub const OUTBOUND_PORT: u16 = 15001;
 pub const PLAINTEXT_PORT: u16 = 15006;
 /// Port of the agent's HBONE listener, in each pod.
 pub const HBONE_PORT: u16 = 15008;
+/// Port of the agent's DNS listeners, UDP and TCP, in each pod.
+pub const DNS_PORT: u16 = 15053;
+/// The port of DNS servers (RFC 1035 section 4.2), which are asked through the agent.
+pub const RESOLVER_PORT: u16 = 53;
 
 /// Most connections that one pod may have between SYN and accept; further ones are refused.
 pub const MAX_FLOWS_PER_POD: usize = 4096;
@@ -57,13 +61,17 @@ pub const LISTENERS_MAP: &str = "cv_listeners";
 pub const COUNTS_MAP: &str = "cv_counts";
 
 /// The attachments to the cgroup, by program name.
-pub const CGROUP_PROGRAMS: [&str; 7] = [
+pub const CGROUP_PROGRAMS: [&str; 11] = [
     "cv_connect4",
     "cv_connect6",
+    "cv_sendmsg4",
+    "cv_sendmsg6",
     "cv_getpeername4",
     "cv_getpeername6",
     "cv_getsockname4",
     "cv_getsockname6",
+    "cv_recvmsg4",
+    "cv_recvmsg6",
     "cv_sockops",
 ];
 /// The program attached to each pod's network namespace.
@@ -112,6 +120,8 @@ impl Pod {
     /// The pod is being withdrawn: its new connections go their plain way, and those already on
     /// their way to the agent still arrive.
     pub const LEAVING: u32 = 8;
+    /// What the pod asks DNS servers is led to the agent.
+    pub const CAPTURES_DNS: u32 = 16;
 }
 
 /// A port whose connections one pod keeps to itself.
@@ -186,6 +196,9 @@ pub enum SocketRole {
     Accepted = 2,
     /// A socket of the agent that is never captured. Set through the map by descriptor only.
     Exempt = 3,
+    /// An application's unconnected UDP socket, whose questions were sent to the agent instead of
+    /// `original`: the server that it asked last.
+    Asking = 4,
 }
 
 /// A connection that is on its way to the agent. Its other port is always [`OUTBOUND_PORT`].
@@ -283,6 +296,9 @@ pub struct Counts {
     pub inbound_refused: u64,
     /// Connections of the node that go by the agent because the table of probes is full.
     pub probes_full: u64,
+    /// Taken to the agent's DNS listeners: connections and connected UDP sockets to a DNS server,
+    /// and datagrams that unconnected ones sent to one.
+    pub captured_dns: u64,
 }
 
 const _: () = {
@@ -296,7 +312,7 @@ const _: () = {
     assert!(size_of::<Flow>() == 32);
     assert!(size_of::<Probe>() == 40);
     assert!(size_of::<ListenerKey>() == 16);
-    assert!(size_of::<Counts>() == 14 * 8);
+    assert!(size_of::<Counts>() == 15 * 8);
 };
 
 /// Longer names would be cut off in the kernel.
@@ -360,6 +376,13 @@ impl Address {
     pub const fn is_unspecified(self) -> bool {
         let [a, b, c, d] = self.words();
         a == 0 && b == 0 && d == 0 && (c == 0 || c == 0xffffu32.to_be())
+    }
+
+    /// Whether it is only valid on one link (RFC 4291 section 2.5.6).
+    #[inline(always)]
+    pub const fn is_link_local(self) -> bool {
+        let [a, _, _, _] = self.words();
+        u32::from_be(a) >> 22 == 0xfe80 >> 6
     }
 
     #[inline(always)]

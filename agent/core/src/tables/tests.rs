@@ -73,14 +73,14 @@ fn any_spec() -> impl Strategy<Value = PodSpec> {
     ];
     let cidr = (any::<u32>(), 0u8..=32)
         .prop_map(|(ip, length)| IpNet::new(IpAddr::from(ip.to_be_bytes()), length).unwrap());
-    (vec(address, 0..4), vec(0u16..8, 0..4), vec(cidr, 0..4), vec(0u16..8, 0..4)).prop_map(
-        |(addresses, exclude_outbound_ports, exclude_outbound_cidrs, exclude_inbound_ports)| {
-            PodSpec {
-                addresses,
-                exclude_outbound_ports,
-                exclude_outbound_cidrs,
-                exclude_inbound_ports,
-            }
+    let ports = || vec(0u16..8, 0..4);
+    (vec(address, 0..4), ports(), vec(cidr, 0..4), ports(), any::<bool>()).prop_map(
+        |(addresses, outbound_ports, outbound_cidrs, inbound_ports, capture_dns)| PodSpec {
+            addresses,
+            exclude_outbound_ports: outbound_ports,
+            exclude_outbound_cidrs: outbound_cidrs,
+            exclude_inbound_ports: inbound_ports,
+            capture_dns,
         },
     )
 }

@@ -7,8 +7,10 @@
 //! tracking takes part.
 
 use std::future::Future;
-use std::io;
+use std::io::{self, Write};
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::thread;
 
 use culvert_abi::{APPLICATION_MARK, APPLICATION_MARK_MASK, LOCAL_TABLE};
@@ -18,15 +20,16 @@ use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use rtnetlink::{Handle, RouteMessageBuilder};
 
 use super::{Netns, lacks_ipv6};
+use crate::capture::sys;
 
 /// Before the main table's rule, 32766.
 const RULE_PRIORITY: u32 = 32764;
-/// `tcp_fwmark_accept` counts for both families. These files follow the namespace of the thread
+/// Below `/proc`. `tcp_fwmark_accept` counts for both families. These files follow the namespace of the thread
 /// that opens them.
 const SETTINGS: [&str; 3] = [
-    "/proc/sys/net/ipv4/tcp_fwmark_accept",
-    "/proc/sys/net/ipv4/fwmark_reflect",
-    "/proc/sys/net/ipv6/fwmark_reflect",
+    "sys/net/ipv4/tcp_fwmark_accept",
+    "sys/net/ipv4/fwmark_reflect",
+    "sys/net/ipv6/fwmark_reflect",
 ];
 /// The interface index of `lo`, in every network namespace.
 const LOOPBACK: u32 = 1;
@@ -64,7 +67,16 @@ pub fn remove(netns: &Netns) -> io::Result<()> {
 
 fn set(value: &str) -> io::Result<()> {
     for setting in SETTINGS {
-        match std::fs::write(setting, value) {
+        let written = match std::fs::write(Path::new("/proc").join(setting), value) {
+            // As in a container that is not privileged.
+            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+                let proc = sys::process_fs()?;
+                sys::open_to_write(proc.as_fd(), Path::new(setting))
+                    .and_then(|mut file| file.write_all(value.as_bytes()))
+            }
+            written => written,
+        };
+        match written {
             // Without IPv6 its settings are absent.
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             Ok(()) | Err(_) => {}
@@ -153,3 +165,6 @@ fn into_io(error: rtnetlink::Error) -> io::Error {
         other => io::Error::other(other),
     }
 }
+
+#[cfg(test)]
+mod tests;

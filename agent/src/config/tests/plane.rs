@@ -194,3 +194,24 @@ fn threads_follow_the_containers_share() {
     let request = ("ZTUNNEL_RESOURCE_CPU_REQUEST", "4");
     assert_eq!(threads(&[("ZTUNNEL_RESOURCE_CPU_LIMIT", "2"), request]), 4);
 }
+
+#[test]
+fn without_programs_of_its_own_the_agent_needs_no_cgroup() {
+    let with = |redirect: &'static str| {
+        let variable = move |name: &str| match name {
+            "XDS_ADDRESS" => Some("istiod:15012".into()),
+            "NODE_NAME" => Some("node-a".into()),
+            "CULVERT_REDIRECT" => Some(redirect.into()),
+            _ => None,
+        };
+        let around = Surroundings {
+            variable: &variable,
+            variables: &[],
+            processors: NonZeroUsize::MIN,
+            cgroup2: None,
+        };
+        Config::new(Flags::default(), &around)
+    };
+    assert_eq!(with("cni").unwrap().redirect, Redirect::Cni);
+    assert!(with("ebpf").unwrap_err().to_string().starts_with("CULVERT_CGROUP"));
+}

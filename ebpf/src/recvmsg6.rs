@@ -1,0 +1,26 @@
+//! Tells an application with an IPv6 socket that an answer came from the server it asked.
+
+use aya_ebpf::macros::cgroup_sock_addr;
+use aya_ebpf::programs::SockAddrContext;
+
+use crate::{context, socket};
+
+/// `BPF_CGROUP_UDP6_RECVMSG` (Linux 5.2); always 1.
+#[cgroup_sock_addr(recvmsg6)]
+pub fn cv_recvmsg6(ctx: SockAddrContext) -> i32 {
+    let addr = ctx.sock_addr;
+    // SAFETY: `addr` is the context, this program is for IPv6, and the state is the socket's own.
+    unsafe {
+        let sk = (*addr).__bindgen_anon_1.sk;
+        if sk.is_null() || !context::is_agents(context::port(addr)) {
+            return 1;
+        }
+        if let Some(state) = socket::state(sk.cast())
+            && socket::has_asked(state, context::address6(addr))
+        {
+            context::set_words6(addr, (*state).original.words());
+            context::set_port(addr, (*state).port as u16);
+        }
+    }
+    1
+}
