@@ -25,6 +25,8 @@ pub const ALL: &[Parser] = &[
     Parser { name: "authority", run: names::authority },
     Parser { name: "identity", run: names::identity },
     Parser { name: "proxy_header", run: tunnel::proxy_header },
+    // From pods.
+    Parser { name: "dns_question", run: names::dns_question },
     // From the control plane and the node's CNI plugin.
     Parser { name: "address", run: control::address },
     Parser { name: "authorization", run: control::authorization },
@@ -35,6 +37,8 @@ pub const ALL: &[Parser] = &[
     Parser { name: "mesh_file", run: operator::mesh_file },
     Parser { name: "settings", run: operator::settings },
     Parser { name: "log_directives", run: operator::log_directives },
+    Parser { name: "revocation_list", run: operator::revocation_list },
+    Parser { name: "resolv_conf", run: operator::resolv_conf },
 ];
 
 /// Runs the parser of this name.

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::LazyLock;
 
 use culvert_agent::ca::parse_chain;
-use culvert_agent::tls::WorkloadCertificate;
+use culvert_agent::tls::{Issued, Trust, WorkloadCertificate};
 use culvert_agent::xds::{Address, Decoder, Rejection};
 use culvert_core::authorization::Connection;
 use culvert_core::identity::Identity;
@@ -93,7 +93,8 @@ pub(super) fn certificate_answer(bytes: &[u8]) {
     let Ok(issued) = parse_chain(&answer.cert_chain) else { return };
     assert_eq!(issued.presented.len() + 1, answer.cert_chain.len());
     assert!(!issued.presented.is_empty() && !issued.roots.is_empty());
-    let made = WorkloadCertificate::new(issued.presented, KEY.clone(), issued.roots);
+    let issued = Issued { chain: issued.presented, key: KEY.clone(), roots: issued.roots };
+    let made = WorkloadCertificate::new(issued, &Trust::default());
     assert!(made.is_err(), "a foreign key became part of {made:?}");
 }
 

@@ -1,11 +1,13 @@
-//! What operators write: the mesh file, settings, and the directives of the log.
+//! What operators bring: the mesh file, settings, log directives, revocation lists, resolv.conf.
 
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
 
 use culvert_agent::config::{Config, Flags, Surroundings};
+use culvert_agent::dns::Upstreams;
 use culvert_agent::file::{Mesh, diff};
 use culvert_agent::telemetry::logging::Directives;
+use culvert_agent::tls::RevocationList;
 use culvert_core::snapshot::Snapshot;
 
 pub(super) fn mesh_file(bytes: &[u8]) {
@@ -62,4 +64,19 @@ pub(super) fn log_directives(bytes: &[u8]) {
     let read = printed.parse::<Directives>().expect("what is printed can be read");
     assert_eq!(read.to_string(), printed);
     assert_eq!(read.want_debug("access"), directives.want_debug("access"));
+}
+
+/// PEM or DER.
+pub(super) fn revocation_list(bytes: &[u8]) {
+    match RevocationList::parse(bytes) {
+        Ok(list) => assert_eq!(list.is_empty(), list.len() == 0),
+        Err(invalid) => assert!(!invalid.to_string().is_empty()),
+    }
+}
+
+pub(super) fn resolv_conf(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Err(invalid) = Upstreams::parse(text) {
+        assert!(!invalid.to_string().is_empty());
+    }
 }
