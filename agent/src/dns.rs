@@ -27,7 +27,7 @@ use crate::node::Node;
 use crate::pods::Pod;
 use crate::telemetry::DnsSource;
 
-use message::{Question, Rejected, Reply, Transport};
+pub use message::{Question, Rejected, Reply, Transport};
 pub use resolver::{NoUpstreams, OwnResolver, Upstreams};
 use resolver::{PodResolver, PodSockets};
 

@@ -17,7 +17,7 @@ mod section;
 mod source;
 
 pub use error::{FileError, Place};
-pub use mesh::{Mesh, diff};
+pub use mesh::{Invalid, Mesh, diff};
 pub use section::{CaSettings, CulvertSection, NetnsRef, PodSettings};
 pub use source::{FileSource, FileStatus, FileUpdate, MeshFile, load};
 

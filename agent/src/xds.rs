@@ -29,6 +29,7 @@ use crate::control::Control;
 use crate::node::Fetch;
 use crate::telemetry::{Telemetry, XdsReading};
 use client::Client;
+pub use decode::{Address, Decoder, Rejection};
 use intake::Intake;
 use keeper::Keeper;
 use kept::{Content, Scope, Store};

@@ -9,6 +9,7 @@ pub mod control;
 pub mod figures;
 pub mod load;
 pub mod names;
+pub mod parsers;
 pub mod peer;
 
 use std::io::{self, Read, Write};

@@ -184,6 +184,7 @@ async fn logging_is_read_and_changed_by_post_only() {
     let refused = get(admin, "/logging").await;
     assert_eq!((refused.status, refused.text()), (405, ""));
     assert!(refused.headers.contains("allow: POST"));
+    assert_eq!(ask(admin, "PUT", "/logging?level=debug", "").await.status, 405);
     for (target, expected) in [
         ("/logging", "info"),
         ("/logging?level=", "info"),
@@ -193,6 +194,9 @@ async fn logging_is_read_and_changed_by_post_only() {
         ("/logging", "access=debug,hbone=debug,warn"),
         ("/logging?level=error&reset", "error"),
         ("/logging?reset", "info"),
+        ("/logging?level=access:off,hbone:trace", "access=off,hbone=trace,info"),
+        ("/logging?level=critical", "access=off,hbone=trace,error"),
+        ("/logging?level=info&reset", "info"),
     ] {
         let answer = post(admin, target).await;
         let body = format!("current log level is {expected}\n");

@@ -24,11 +24,13 @@ pub struct Mesh {
     pub culvert: CulvertSection,
 }
 
-/// What is wrong with the text of a file, and where.
-#[derive(Debug)]
-pub(super) struct Invalid {
-    pub(super) place: Option<Place>,
-    pub(super) what: String,
+/// What is wrong with the text of a file, and where. The operator's side is at fault.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub struct Invalid {
+    pub place: Option<Place>,
+    /// Names the field, as `workloads[1].services`, and says why it is refused.
+    pub what: String,
 }
 
 #[derive(Deserialize, Default)]
@@ -42,7 +44,7 @@ struct RawFile {
 
 impl Mesh {
     /// Reads YAML 1.2 in UTF-8. An empty document is an empty mesh.
-    pub(super) fn parse(yaml: &[u8]) -> Result<Mesh, Invalid> {
+    pub fn parse(yaml: &[u8]) -> Result<Mesh, Invalid> {
         let raw: Option<RawFile> = serde_yaml_ng::from_slice(yaml).map_err(Invalid::from)?;
         let raw = raw.unwrap_or_default();
         let workloads = raw.workloads.into_iter().map(Workload::from);

@@ -18,7 +18,7 @@ use prost::Message;
 
 /// Why a resource is not taken over.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Rejection {
+pub enum Rejection {
     #[error("cannot be read: {0}")]
     Unreadable(#[from] prost::DecodeError),
     #[error("{0} is missing")]
@@ -39,14 +39,14 @@ impl Rejection {
 
 /// An `istio.workload.Address`.
 #[derive(Debug)]
-pub(super) enum Address {
+pub enum Address {
     Workload(Workload),
     Service(Service),
 }
 
 /// Decodes, and keeps texts that many resources repeat only once.
 #[derive(Debug, Default)]
-pub(super) struct Decoder {
+pub struct Decoder {
     interner: Interner,
 }
 

@@ -335,6 +335,37 @@ fn what_is_set_is_shown() {
 }
 
 #[test]
+fn keys_of_the_dump_stand_in_alphabetical_order() {
+    let dump = dumped(Fixed::default());
+    let keys: Vec<&str> = dump.as_object().unwrap().keys().map(String::as_str).collect();
+    let expected = [
+        "certificates",
+        "config",
+        "policies",
+        "services",
+        "stagedServices",
+        "staticConfig",
+        "version",
+        "workloadState",
+        "workloads",
+    ];
+    assert_eq!(keys, expected);
+    let mut version: Vec<&str> =
+        dump["version"].as_object().unwrap().keys().map(String::as_str).collect();
+    version.sort_unstable();
+    let expected = [
+        "buildProfile",
+        "buildStatus",
+        "cryptoProvider",
+        "gitRevision",
+        "istioVersion",
+        "rustVersion",
+        "version",
+    ];
+    assert_eq!(version, expected);
+}
+
+#[test]
 fn endpoints_without_their_service_are_staged() {
     let dump = dumped_mesh(vec![Change::Workload(api_workload())]);
     let uid = "c1//Pod/shop/api-5c6b";

@@ -98,7 +98,7 @@ fn shortened(text: &str) -> String {
     text.chars().take(64).collect()
 }
 
-/// The text that parses back to the same: scopes in order, then the level of everything.
+/// The text that means the same: scopes in order, then the level of everything.
 impl fmt::Display for Directives {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (scope, level) in &self.scopes {

@@ -50,7 +50,7 @@ pub(super) fn gateway(
         // A length has no meaning here: a gateway has one address.
         Some(Destination::Address(at)) => GatewayDestination::Address(NetworkAddress {
             network: interner.text(&at.network),
-            ip: address(field, &at.address)?,
+            ip: address(field, &at.address)?.to_canonical(),
         }),
     };
     Ok(GatewayAddress { destination, hbone_mtls_port: port(field, gateway.hbone_mtls_port)? })

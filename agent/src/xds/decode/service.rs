@@ -18,8 +18,10 @@ pub(super) fn decode(raw: proto::Service, texts: &mut Interner) -> Result<Servic
         let network = texts.text(&address.network);
         let full = if ip.is_ipv4() { 32 } else { 128 };
         match address.length {
-            None => vips.push(NetworkAddress { network, ip }),
-            Some(length) if length == full => vips.push(NetworkAddress { network, ip }),
+            None => vips.push(NetworkAddress { network, ip: ip.to_canonical() }),
+            Some(length) if length == full => {
+                vips.push(NetworkAddress { network, ip: ip.to_canonical() });
+            }
             Some(length) => {
                 let prefix = u8::try_from(length).ok().and_then(|len| IpNet::new(ip, len).ok());
                 let cidr = prefix.ok_or_else(|| {

@@ -299,6 +299,21 @@ fn bad_content_of_a_service_rejects_it_with_field_and_value() {
 }
 
 #[test]
+fn addresses_lose_their_ipv4_mapping() {
+    let mapped = [[0; 10].as_slice(), &[0xff, 0xff, 10, 0, 0, 1]].concat();
+    let plain_ip: IpAddr = "10.0.0.1".parse().unwrap();
+    let waypoint = Some(by_address(&mapped));
+    let raw = proto::Workload { addresses: vec![mapped.clone()], waypoint, ..plain() };
+    let decoded = workload(raw).unwrap();
+    assert_eq!(decoded.addresses, [plain_ip]);
+    let GatewayDestination::Address(at) = decoded.waypoint.unwrap().destination else { panic!() };
+    assert_eq!(at.ip, plain_ip);
+    let addresses = vec![vip(&mapped, None), vip(&mapped, Some(128))];
+    let decoded = service(proto::Service { addresses, ..Default::default() }).unwrap();
+    assert_eq!(decoded.vips.iter().map(|vip| vip.ip).collect::<Vec<_>>(), [plain_ip; 2]);
+}
+
+#[test]
 fn an_address_that_is_neither_is_rejected() {
     let error = Decoder::default().address(Bytes::new()).unwrap_err();
     assert_eq!(error.to_string(), "both workload and service is missing");

@@ -21,7 +21,8 @@ pub(super) fn decode(raw: proto::Workload, texts: &mut Interner) -> Result<Workl
     if raw.uid.is_empty() {
         return Err(Rejection::Missing("uid"));
     }
-    let addresses = raw.addresses.iter().map(|bytes| fields::address("addresses", bytes));
+    let address = |bytes: &Vec<u8>| fields::address("addresses", bytes);
+    let addresses = raw.addresses.iter().map(|bytes| address(bytes).map(|ip| ip.to_canonical()));
     let gateway = |field, raw: Option<proto::GatewayAddress>, texts: &mut Interner| {
         raw.map(|raw| fields::gateway(field, raw, texts)).transpose()
     };

@@ -1,0 +1,106 @@
+//! Messages of the control plane and of the node's CNI plugin.
+
+use std::fmt::Debug;
+use std::net::IpAddr;
+use std::sync::LazyLock;
+
+use culvert_agent::ca::parse_chain;
+use culvert_agent::tls::{Issued, Trust, WorkloadCertificate};
+use culvert_agent::xds::{Address, Decoder, Rejection};
+use culvert_core::authorization::Connection;
+use culvert_core::identity::Identity;
+use culvert_core::snapshot::{Change, Snapshot};
+use culvert_core::workload::NetworkMode;
+use culvert_proto::envoy::service::discovery::v3::DeltaDiscoveryResponse;
+use culvert_proto::istio::v1::auth::IstioCertificateResponse;
+use culvert_proto::istio::workload::zds::WorkloadRequest;
+use culvert_proto::istio::{security, workload as proto};
+use prost::Message;
+
+/// What is taken over can be found where it says it is.
+pub(super) fn address(bytes: &[u8]) {
+    let read = message::<proto::Address>(bytes);
+    let decoded = Decoder::default().address(bytes.to_vec().into());
+    assert!(read.is_some() || matches!(decoded, Err(Rejection::Unreadable(_))));
+    match decoded {
+        Ok(Address::Workload(workload)) => {
+            let snapshot = Snapshot::default().with([Change::Workload(workload.clone())]);
+            assert_eq!(snapshot.workload(&workload.uid).map(AsRef::as_ref), Some(&workload));
+            for ip in workload.addresses.iter().map(|ip| ip.to_canonical()) {
+                let found = snapshot.workload_at(&workload.network, ip);
+                let its_own = workload.network_mode == NetworkMode::Standard;
+                assert_eq!(found.is_some(), its_own, "{ip}");
+            }
+            assert_eq!(emptied(&snapshot, Change::RemoveWorkload(workload.uid)), 0);
+        }
+        Ok(Address::Service(service)) => {
+            let snapshot = Snapshot::default().with([Change::Service(service.clone())]);
+            assert_eq!(snapshot.service(&service.key()).map(AsRef::as_ref), Some(&service));
+            for vip in &service.vips {
+                assert!(snapshot.service_at(&vip.network, vip.ip, None).is_some(), "{vip}");
+            }
+            assert_eq!(emptied(&snapshot, Change::RemoveService(service.key())), 0);
+        }
+        Err(rejection) => assert!(!rejection.to_string().is_empty()),
+    }
+}
+
+fn emptied(snapshot: &Snapshot, removal: Change) -> usize {
+    let snapshot = snapshot.with([removal]);
+    snapshot.workload_count() + snapshot.service_count()
+}
+
+/// Whatever is taken over can be evaluated.
+pub(super) fn authorization(bytes: &[u8]) {
+    let read = message::<security::Authorization>(bytes);
+    let decoded = Decoder::default().authorization(bytes.to_vec().into());
+    assert!(read.is_some() || matches!(decoded, Err(Rejection::Unreadable(_))));
+    let Ok(policy) = decoded else { return };
+    let plaintext = Connection {
+        source: IpAddr::from([10, 2, 0, 3]),
+        identity: None,
+        destination: IpAddr::from([10, 1, 0, 7]),
+        port: 8080,
+    };
+    let identity = Some(Identity::new("cluster.local", "web", "front"));
+    for connection in [plaintext.clone(), Connection { identity, ..plaintext }] {
+        let rule = policy.matching_rule(&connection);
+        assert!(rule.is_none_or(|rule| rule < policy.rules.len()));
+    }
+}
+
+/// A response with resources of both kinds.
+pub(super) fn discovery(bytes: &[u8]) {
+    let Some(response) = message::<DeltaDiscoveryResponse>(bytes) else { return };
+    for resource in response.resources {
+        let value = resource.resource.map(|any| any.value).unwrap_or_default();
+        address(&value);
+        authorization(&value);
+    }
+}
+
+pub(super) fn zds_request(bytes: &[u8]) {
+    message::<WorkloadRequest>(bytes);
+}
+
+/// Any private key; no certificate that is tried here belongs to it.
+static KEY: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    rcgen::KeyPair::generate().expect("the system has randomness").serialize_der()
+});
+
+pub(super) fn certificate_answer(bytes: &[u8]) {
+    let Some(answer) = message::<IstioCertificateResponse>(bytes) else { return };
+    let Ok(issued) = parse_chain(&answer.cert_chain) else { return };
+    assert_eq!(issued.presented.len() + 1, answer.cert_chain.len());
+    assert!(!issued.presented.is_empty() && !issued.roots.is_empty());
+    let issued = Issued { chain: issued.presented, key: KEY.clone(), roots: issued.roots };
+    let made = WorkloadCertificate::new(issued, &Trust::default());
+    assert!(made.is_err(), "a foreign key became part of {made:?}");
+}
+
+/// Decodes, and asserts that what is encoded again means the same.
+fn message<M: Message + Default + PartialEq + Debug>(bytes: &[u8]) -> Option<M> {
+    let message = M::decode(bytes).ok()?;
+    assert_eq!(M::decode(message.encode_to_vec().as_slice()).as_ref(), Ok(&message));
+    Some(message)
+}
