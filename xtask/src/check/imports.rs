@@ -8,7 +8,7 @@ mod paths;
 use paths::Import;
 
 /// Foreign packages and the rooms of the agent that they live in.
-const ROOMS: [(&[&str], &[&str]); 7] = [
+const ROOMS: [(&[&str], &[&str]); 8] = [
     (&["aya", "aya_log", "aya_obj"], &["capture"]),
     (
         &["rustls", "tokio_rustls", "rustls_pki_types", "webpki", "x509_parser", "rcgen"],
