@@ -148,8 +148,8 @@ pub fn send(ctx: &SockAddrContext, destination: Address) -> Connect {
             return Connect::Untouched;
         }
         // SAFETY: as above.
-        is_connected = state == BPF_TCP_ESTABLISHED
-            && unsafe { socket::is(before, SocketRole::Captured) };
+        is_connected =
+            state == BPF_TCP_ESTABLISHED && unsafe { socket::is(before, SocketRole::Captured) };
     }
     if is_left_alone(netns, pod, destination, port) {
         return Connect::Untouched;

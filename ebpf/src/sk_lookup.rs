@@ -8,7 +8,8 @@ use aya_ebpf::macros::sk_lookup;
 use aya_ebpf::programs::SkLookupContext;
 use aya_log_ebpf::debug;
 use culvert_abi::{
-    DNS_PORT, ExcludedPort, HBONE_PORT, Listener, ListenerKey, OUTBOUND_PORT, PLAINTEXT_PORT, Pod, Probe,
+    DNS_PORT, ExcludedPort, HBONE_PORT, Listener, ListenerKey, OUTBOUND_PORT, PLAINTEXT_PORT, Pod,
+    Probe,
 };
 
 use crate::context::{Ends, TCP, lookup_ends, read};
