@@ -22,13 +22,13 @@ fn main() {
     changes.extend((0..services).map(|number| Change::Service(service(&mut texts, number))));
     changes
         .extend((0..count).map(|number| Change::Workload(workload(&mut texts, number, services))));
-    tell("values made", (processor() - made));
+    tell("values made", processor() - made);
     let one = std::mem::size_of::<Workload>();
     println!("{count} workloads of {one} bytes, {services} services: {:.1} MB", resident());
 
     let loaded = processor();
     let snapshot = Snapshot::default().with(changes);
-    tell("bulk load", (processor() - loaded));
+    tell("bulk load", processor() - loaded);
     println!("resident with indexes: {:.1} MB", resident());
 
     let mut current = snapshot.clone();
