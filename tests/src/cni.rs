@@ -13,7 +13,7 @@ use culvert_lab::agent::{Agent, AgentOptions};
 use culvert_lab::mesh::{Mesh, Running};
 use culvert_lab::wait;
 
-pub use rules::{add_probe, add_rules, guard_probes, remove_probe, remove_rules};
+pub use rules::{add_probe, add_rules, guard_probes, remove_probe, remove_rules, reroute};
 pub use socket::{Add, Cni, Line, Listening};
 
 use crate::binary;

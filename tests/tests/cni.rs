@@ -50,6 +50,7 @@ with_istio_cni![
     taken_port_is_tried_again,
     pods_are_served_before_their_workload_is_known,
     the_address_of_probes_is_of_no_use_to_pods,
+    guests_of_a_pod_call_as_the_pod,
 ];
 
 fn strict() -> PolicySpec {
@@ -270,6 +271,15 @@ fn enrolling_and_withdrawing_under_load_loses_no_connection(arrangement: Arrange
     live.into_iter().for_each(finish);
     let tally = load.stop();
     assert_eq!(tally.failed(), 0, "{tally}");
+    // With the last connection goes what it needed.
+    wait::until("pods as they were", wait::SOON * 2, || {
+        ["client", "near", "far"].iter().all(|pod| {
+            let place = town.mesh.pod(pod).place();
+            let told = |program, arguments: &[&str]| place.output(program, arguments).unwrap();
+            told("nft", &["list", "tables"]).is_empty() && !told("ip", &["rule"]).contains("fwmark")
+        })
+    })
+    .unwrap();
 }
 
 fn restarted_agent_takes_up_its_pods(arrangement: Arrangement) {
@@ -535,4 +545,36 @@ fn the_address_of_probes_is_of_no_use_to_pods(arrangement: Arrangement) {
         socket.connect_timeout(&to.into(), limit)
     });
     assert!(connected.is_err(), "{connected:?}");
+}
+
+/// Row R15: a guest behind an interface of the pod, such as a virtual machine.
+fn guests_of_a_pod_call_as_the_pod(arrangement: Arrangement) {
+    let client = "cluster.local/ns/web/sa/client";
+    let allowed = PolicySpec::allow("client", "shop", vec![rule(Match::any().principal(client))]);
+    let town = town_with(
+        arrangement,
+        |mesh| mesh.policy(allowed).pod_with(PodSpec::unknown("guest")),
+        |mesh| mesh,
+    );
+    let mesh = &town.mesh;
+    let _agents = agents(&town);
+    let (pod, guest) = (mesh.pod("client").place(), mesh.pod("guest").place());
+    guest.netns().ip("link del eth0\n").unwrap();
+    let (pod_name, guest_name) = (pod.netns().name(), guest.netns().name());
+    culvert_lab::netns::ip(&[
+        "link", "add", "br0", "netns", pod_name, "type", "veth", "peer", "name", "eth0", "netns",
+        guest_name,
+    ])
+    .unwrap();
+    pod.netns().ip("addr add 192.0.2.1/24 dev br0\nlink set br0 up\n").unwrap();
+    guest.netns().ip("addr add 192.0.2.2/24 dev eth0\nlink set eth0 up\n").unwrap();
+    culvert_lab::netns::wait_for_link(guest.netns(), "eth0").unwrap();
+    guest.netns().ip("route add default via 192.0.2.1\n").unwrap();
+    cni::reroute(pod, "br0").unwrap();
+    for name in ["near", "far"] {
+        let to = both(mesh, name)[0];
+        assert_eq!(call(mesh, "guest", to, "hello").unwrap(), "hello", "{name}");
+        let service = (mesh.service(name)[0], 80);
+        assert_eq!(call(mesh, "guest", service, "hello").unwrap(), "hello", "{name}");
+    }
 }

@@ -61,6 +61,19 @@ pub fn add_rules(pod: &Place) -> Result<()> {
     Ok(())
 }
 
+/// What enters a pod by this interface counts as what the pod sends (annotation
+/// `istio.io/reroute-virtual-interfaces`).
+pub fn reroute(pod: &Place, interface: &str) -> Result<()> {
+    let chain = "rule inet istio-ambient-nat istio-prerouting";
+    nft(
+        pod,
+        &format!(
+            "insert {chain} iifname {interface} meta l4proto tcp counter return\n\
+             insert {chain} iifname {interface} meta l4proto tcp counter redirect to :15001\n"
+        ),
+    )
+}
+
 /// Takes them away again, all of them.
 pub fn remove_rules(pod: &Place) -> Result<()> {
     nft(pod, "delete table inet istio-ambient-nat\ndelete table inet istio-ambient-mangle\n")?;

@@ -15,7 +15,10 @@ const LINGER: Duration = Duration::from_secs(5);
 /// The listeners of pods that left. A pod that comes back takes up its own: whoever listened anew
 /// beside them would share connections with a pod that is no more. Cloning copies a pointer.
 #[derive(Clone, Default)]
-pub(super) struct Leaving(Arc<Mutex<HashMap<NetnsCookie, (Arc<Pod>, Listeners)>>>);
+pub(super) struct Leaving(Arc<Mutex<LeftPods>>);
+
+/// By namespace, the pod that left it last.
+type LeftPods = HashMap<NetnsCookie, (Arc<Pod>, Listeners)>;
 
 impl Leaving {
     fn put(&self, pod: Arc<Pod>, listeners: Listeners) {

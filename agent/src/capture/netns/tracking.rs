@@ -70,9 +70,15 @@ pub fn hold(netns: &Netns) -> io::Result<()> {
 /// for it.
 pub fn release(netns: &Netns) -> io::Result<()> {
     match transact(netns, &[(DELETE_TABLE, 0, vec![text(1, TABLE)])]) {
-        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        // A kernel without nftables has no table either.
+        Err(error) if is_absent(&error) => Ok(()),
         result => result,
     }
+}
+
+fn is_absent(error: &io::Error) -> bool {
+    let codes = [libc::ENOENT, libc::EPROTONOSUPPORT, libc::EOPNOTSUPP, libc::EINVAL];
+    error.raw_os_error().is_some_and(|code| codes.contains(&code))
 }
 
 /// Carries out all or none.
