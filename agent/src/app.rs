@@ -3,12 +3,14 @@
 mod certificates;
 mod enrolment;
 mod explain;
+mod news;
 mod state;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use culvert_abi::DNS_PORT;
 use culvert_core::admit::HeaderTo;
 use culvert_core::snapshot::Snapshot;
 use tokio::runtime::Handle;
@@ -16,21 +18,26 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::level_filters::LevelFilter;
 
-use crate::admin::readiness::{OpenTask, PROXY, Readiness, STATE_MANAGER};
+use crate::admin::readiness::{DNS_PROXY, OpenTask, PROXY, Readiness, STATE_MANAGER};
 use crate::admin::{AdminAddrs, AdminServers, Sources};
-use crate::capture::{Capture, CaptureOptions, KERNEL_LOG, Netns};
-use crate::config::{Config, DnsSettings, MeshSettings};
+use crate::ca::Certificates;
+use crate::capture::{
+    Capture, CaptureOptions, KERNEL_LOG, ListenOptions, Marks, Netns, Redirection,
+};
+use crate::config::{Config, DnsSettings, MeshSettings, Redirect};
 use crate::connections::Connections;
 use crate::dns::{Dns, Upstreams};
 use crate::drain::{self, DrainEnd};
-use crate::file::{FileSource, FileUpdate, MeshFile, PodSettings};
-use crate::node::{Mesh, Node, Options};
+use crate::file::{FileSource, FileUpdate, MeshFile};
+use crate::node::{Fetch, Mesh, Node, Options};
 use crate::recheck::recheck;
 use crate::telemetry::Telemetry;
 use crate::telemetry::logging::{Directives, LogControl, LogFormat, Logging};
-use crate::{config, hbone};
+use crate::xds::Xds;
+use crate::{config, hbone, zds};
 
-use enrolment::Enrolment;
+use enrolment::{Enrolment, Terms};
+use news::{News, follow_control_plane};
 use state::State;
 
 /// How many pods of one node the kernel's tables have room for.
@@ -47,7 +54,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         Err(error) => tracing::warn!(%error, "the limit of open files stays as it is"),
     }
     let readiness = Readiness::default();
-    let (loading, starting) = (readiness.open(STATE_MANAGER), readiness.open(PROXY));
+    let loading = readiness.open(STATE_MANAGER);
+    let mut starting = vec![readiness.open(PROXY)];
+    starting.extend(config.dns.is_some().then(|| readiness.open(DNS_PROXY)));
     let (first, source) = match &config.file {
         Some(path) => {
             let (first, source) = FileSource::open(path).await?;
@@ -56,18 +65,33 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         None => (MeshFile::default(), None),
     };
     let settings = config.mesh(&first.culvert.stated())?;
-    let node = Arc::new(make_node(&config, &settings, &first)?);
-    drop(loading);
+    let rooms = rooms(&config, &settings, &first)?;
+    let news =
+        Arc::new(News::new(rooms.mesh.clone(), rooms.certificates.clone(), config.node.clone()));
+    news.apply(first.changes);
+    let xds = follow_control_plane(&config, &news, &rooms.telemetry).await;
+    let fetch = xds.as_ref().and_then(|xds| xds.fetch());
+    let node = Arc::new(make_node(&config, &settings, rooms, fetch)?);
+    tokio::spawn(close_when(synced(&xds), loading));
 
     let (trigger, draining) = drain::drain();
-    let enrolment = Enrolment::new(node.clone(), readiness.clone(), draining.clone());
+    let named = first.culvert.pods;
+    let enrolment = Enrolment::new(
+        node.clone(),
+        readiness.clone(),
+        draining.clone(),
+        enrolment_terms(&config),
+        named,
+    );
+    let requests = follow_cni(&config, synced(&xds));
     let (stop, stopped) = mpsc::channel(1);
     let state = Arc::new(State {
         node: node.clone(),
         config: Arc::new(config),
         mesh: settings,
         pods: enrolment.table(),
-        source: source.as_ref().map(FileSource::status),
+        file: source.as_ref().map(FileSource::status),
+        xds: xds.as_ref().map(|xds| xds.status()),
         started: Instant::now(),
         stop,
     });
@@ -79,10 +103,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let serving = tokio::spawn(servers.serve(sources, draining));
     tokio::spawn(recheck(node.clone()));
 
-    follow(&node, enrolment, first.culvert.pods, source, stopped, starting).await?;
+    follow(&node, &news, enrolment, source, requests, stopped, starting).await?;
     let deadline = state.config.drain_deadline;
     tracing::info!(?deadline, "draining: no new connections");
-    node.mesh.pods().iter().for_each(|pod| pod.pool.drain());
+    node.mesh.pods().iter().for_each(|(pod, _)| pod.pool.drain());
     if let DrainEnd::Expired = trigger.begin(deadline).await {
         tracing::info!("the drain's deadline has passed: open connections are reset");
     }
@@ -93,15 +117,16 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 /// Follows the file and looks after the pods until the agent is told to stop.
 async fn follow(
     node: &Node,
+    news: &News,
     mut enrolment: Enrolment,
-    mut wanted: Vec<PodSettings>,
     mut source: Option<FileSource>,
+    mut requests: Option<mpsc::Receiver<zds::Request>>,
     mut stopped: mpsc::Receiver<()>,
-    starting: OpenTask,
+    starting: Vec<OpenTask>,
 ) -> anyhow::Result<()> {
     let (mut terminate, mut interrupt) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    enrolment.reconcile(&wanted).await;
+    enrolment.reconcile().await;
     drop(starting);
     tracing::info!(node = %node.name, version = env!("CARGO_PKG_VERSION"), "culvert is up");
     let mut look_after = tokio::time::interval(LOOK_AFTER_PODS);
@@ -111,15 +136,15 @@ async fn follow(
             update = next(&mut source) => match update {
                 FileUpdate::Changed(file) => {
                     tracing::info!(changes = file.changes.len(), "the mesh file changed");
-                    node.mesh.apply(file.changes);
-                    wanted = file.culvert.pods;
-                    enrolment.reconcile(&wanted).await;
+                    news.apply(file.changes);
+                    enrolment.follow(file.culvert.pods).await;
                 }
                 FileUpdate::Rejected(error) => {
                     tracing::error!(%error, "the mesh file stays as it was");
                 }
             },
-            _ = look_after.tick() => enrolment.reconcile(&wanted).await,
+            request = next_request(&mut requests) => enrolment.obey(request).await,
+            _ = look_after.tick() => enrolment.reconcile().await,
             _ = terminate.recv() => return Ok(()),
             _ = interrupt.recv() => return Ok(()),
             _ = stopped.recv() => return Ok(()),
@@ -135,27 +160,93 @@ async fn next(source: &mut Option<FileSource>) -> FileUpdate {
     }
 }
 
-fn make_node(config: &Config, settings: &MeshSettings, first: &MeshFile) -> anyhow::Result<Node> {
-    let mesh = Arc::new(Mesh::new(Snapshot::default().with(first.changes.iter().cloned())));
-    let capture = Arc::new(start_capture(config, first)?);
+/// Begins to follow istio-cni, if pods come from there. It is contacted once `synced` is ready.
+fn follow_cni(
+    config: &Config,
+    synced: impl Future<Output = ()> + Send + 'static,
+) -> Option<mpsc::Receiver<zds::Request>> {
+    let path = config.cni.clone()?;
+    let (orders, requests) = mpsc::channel(1);
+    tokio::spawn(async move { zds::run(&path, synced, orders).await });
+    Some(requests)
+}
+
+/// Never ready without istio-cni.
+async fn next_request(requests: &mut Option<mpsc::Receiver<zds::Request>>) -> zds::Request {
+    if let Some(requests) = requests
+        && let Some(request) = requests.recv().await
+    {
+        return request;
+    }
+    std::future::pending().await
+}
+
+fn enrolment_terms(config: &Config) -> Terms {
+    let by_rules = config.redirect == Redirect::Cni;
+    Terms {
+        listen: ListenOptions { share_ports: config.port_reuse, by_rules },
+        marks: Marks::of(config.packet_mark),
+        cni: config.cni.is_some(),
+    }
+}
+
+/// Ready when there is a whole mesh to decide on.
+fn synced(xds: &Option<Arc<Xds>>) -> impl Future<Output = ()> + Send + use<> {
+    let xds = xds.clone();
+    async move {
+        if let Some(xds) = xds {
+            xds.ready().await;
+        }
+    }
+}
+
+async fn close_when(done: impl Future<Output = ()>, task: OpenTask) {
+    done.await;
+    drop(task);
+}
+
+/// What the sources of the mesh need before there is a node.
+struct Rooms {
+    mesh: Arc<Mesh>,
+    capture: Redirection,
+    certificates: Arc<Certificates>,
+    telemetry: Telemetry,
+}
+
+fn rooms(config: &Config, settings: &MeshSettings, first: &MeshFile) -> anyhow::Result<Rooms> {
+    let mesh = Arc::new(Mesh::new(Snapshot::default()));
+    let capture = match config.redirect {
+        Redirect::Ebpf => Redirection::Ebpf(Arc::new(start_capture(config, first)?)),
+        Redirect::Cni => Redirection::Cni,
+    };
     let certificates = Arc::new(certificates::start(config, settings, first, &mesh)?);
     if let Some(logs) = capture.logs() {
         tokio::spawn(logs.forward());
     }
     let version = Some(config.istio_version.to_string());
+    let telemetry = Telemetry::new(version, Some(&Handle::current()));
+    Ok(Rooms { mesh, capture, certificates, telemetry })
+}
+
+fn make_node(
+    config: &Config,
+    settings: &MeshSettings,
+    rooms: Rooms,
+    fetch: Option<Arc<dyn Fetch>>,
+) -> anyhow::Result<Node> {
     let upstreams = name_servers();
     let own = upstreams.as_ref().map(Upstreams::own).transpose()?;
     Ok(Node {
         name: config.node.clone(),
         network: settings.network.clone(),
-        mesh,
-        capture,
-        certificates,
-        dns: config.dns.as_ref().map(|settings| dns(config, settings, upstreams)),
+        mesh: rooms.mesh,
+        capture: rooms.capture,
+        certificates: rooms.certificates,
+        dns: config.dns.as_ref().map(|dns| make_dns(config, dns, upstreams)).transpose()?,
         resolver: own,
-        telemetry: Telemetry::new(version, Some(&Handle::current())),
+        telemetry: rooms.telemetry,
         connections: Connections::default(),
-        fetch: None,
+        fetch,
         tunnels: tunnel_settings(config),
         keepalive: config.keepalive,
         options: Options {
@@ -175,13 +266,22 @@ fn name_servers() -> Option<Upstreams> {
     upstreams.inspect_err(|error| tracing::warn!(%error, "names are not looked up")).ok()
 }
 
-fn dns(config: &Config, settings: &DnsSettings, upstreams: Option<Upstreams>) -> Dns {
-    Dns {
+fn make_dns(
+    config: &Config,
+    settings: &DnsSettings,
+    upstreams: Option<Upstreams>,
+) -> anyhow::Result<Dns> {
+    let port = settings.addr.port();
+    if config.redirect == Redirect::Ebpf && port != DNS_PORT {
+        anyhow::bail!("the kernel programs lead questions to port {DNS_PORT}, not to {port}");
+    }
+    Ok(Dns {
+        port,
         cluster_domain: settings.cluster_domain.clone(),
         prefer_namespace: settings.prefer_namespace.clone(),
         ipv6: config.ipv6,
         upstreams,
-    }
+    })
 }
 
 /// The log goes to standard error, from a thread of its own; it ends with the process.

@@ -13,6 +13,7 @@ mod maps;
 pub mod netns;
 mod object;
 mod pins;
+mod redirection;
 pub(crate) mod sys;
 
 use std::fs::File;
@@ -35,7 +36,8 @@ pub use culvert_core::tables::{NetnsCookie, PodSpec};
 pub use detach::{DetachReport, detach};
 pub use logs::{KERNEL_LOG, KernelLogs};
 pub use maps::MapCounts;
-pub use netns::{DnsSockets, Listeners, Netns, NetnsError};
+pub use netns::{DnsSockets, ListenOptions, Listeners, Marks, Netns, NetnsError};
+pub use redirection::{NoOriginalDst, Redirection, plaintext_dst};
 pub use sys::raise_open_files;
 
 use links::Programs;

@@ -43,7 +43,9 @@ pub struct LiveConnection {
     pub original_dst: Option<String>,
     /// Where it ends up: the application (inbound), or what is dialled (outbound).
     pub actual_dst: SocketAddr,
-    /// The uid of the local workload that it belongs to.
+    /// The uid of the local pod that it belongs to.
+    pub pod: Arc<str>,
+    /// The uid of that pod's workload when the connection was made.
     pub workload: Arc<str>,
     /// What it was authorized by, and is again; `None` for outbound.
     pub connection: Option<Connection>,
@@ -94,11 +96,9 @@ impl Connections {
         Guard { connections: self.clone(), entry }
     }
 
-    /// The inbound connections of one local workload.
+    /// The inbound connections of one local pod.
     pub fn inbound_of(&self, uid: &str) -> Vec<Arc<Entry>> {
-        self.matching(|entry| {
-            entry.live.direction == Direction::Inbound && &*entry.live.workload == uid
-        })
+        self.matching(|entry| entry.live.direction == Direction::Inbound && &*entry.live.pod == uid)
     }
 
     /// All inbound connections.
@@ -106,9 +106,9 @@ impl Connections {
         self.matching(|entry| entry.live.direction == Direction::Inbound)
     }
 
-    /// All connections of one local workload, both directions.
+    /// All connections of one local pod, both directions.
     pub fn of(&self, uid: &str) -> Vec<Arc<Entry>> {
-        self.matching(|entry| &*entry.live.workload == uid)
+        self.matching(|entry| &*entry.live.pod == uid)
     }
 
     /// All connections, the oldest first.

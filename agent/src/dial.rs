@@ -5,15 +5,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use culvert_abi::{APPLICATION_MARK, OUTBOUND_MARK};
 pub use culvert_core::admit::DialFrom;
 use rand::RngExt;
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 use tokio::time::timeout;
 
-use crate::capture::sys::set_option;
-use crate::capture::{Capture, Netns};
+use crate::capture::sys::{IPV6_TRANSPARENT, set_option};
+use crate::capture::{Netns, Redirection};
 
 /// How long a connection may take to be established.
 pub const CONNECT_LIMIT: Duration = Duration::from_secs(10);
@@ -29,20 +28,16 @@ const KEPT_PORTS: std::ops::Range<u16> = 1024..32768;
 /// How many ports are tried before the connection fails.
 const PORT_ATTEMPTS: usize = 16;
 
-/// `IPV6_TRANSPARENT` (Linux 2.6.37).
-const IPV6_TRANSPARENT: libc::c_int = 75;
-
 /// Dials out of a pod: the socket lies in the pod's namespace, and so has its addresses and routes,
 /// and is exempt from capture. `source` picks one of the pod's addresses.
 pub async fn dial_out(
     netns: &Netns,
-    capture: &Capture,
+    redirection: &Redirection,
     source: Option<IpAddr>,
     dst: SocketAddr,
 ) -> io::Result<TcpStream> {
     let socket = open(netns, dst)?;
-    capture.exempt(socket.as_fd()).map_err(io::Error::other)?;
-    socket.set_mark(OUTBOUND_MARK)?;
+    redirection.exempt(socket.as_fd()).map_err(io::Error::other)?;
     keep_alive(&socket)?;
     if let Some(source) = source {
         set_option(socket.as_fd(), libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
@@ -52,10 +47,10 @@ pub async fn dial_out(
 }
 
 /// A UDP socket out of a pod, connected, and like the TCP ones of [`dial_out`] otherwise.
-pub fn udp_out(netns: &Netns, capture: &Capture, dst: SocketAddr) -> io::Result<UdpSocket> {
+pub fn udp_out(netns: &Netns, redirection: &Redirection, dst: SocketAddr) -> io::Result<UdpSocket> {
     let socket = netns.run(|| open_udp(dst))??;
-    capture.exempt(socket.as_fd()).map_err(io::Error::other)?;
-    socket.set_mark(OUTBOUND_MARK)?;
+    redirection.exempt(socket.as_fd()).map_err(io::Error::other)?;
+    socket.set_mark(netns.marks().outbound)?;
     connect_udp(socket, dst)
 }
 
@@ -145,7 +140,7 @@ fn open_keeping(netns: &Netns, dst: SocketAddr, source: SocketAddr) -> io::Resul
         }
     }
     socket.bind_device(Some(b"lo"))?;
-    socket.set_mark(APPLICATION_MARK)?;
+    socket.set_mark(netns.marks().application)?;
     socket.set_reuse_address(true)?;
     socket.bind(&source.into())?;
     Ok(socket)
@@ -158,10 +153,12 @@ fn open_resetting(netns: &Netns, dst: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// A non-blocking socket in a namespace, of the destination's family.
+/// A non-blocking socket in a namespace, of the destination's family. It carries the mark by which
+/// rules in the pod know the agent's own.
 fn open(netns: &Netns, dst: SocketAddr) -> io::Result<Socket> {
     let domain = Domain::for_address(dst);
     let socket = netns.run(|| Socket::new(domain, Type::STREAM, Some(Protocol::TCP)))??;
+    socket.set_mark(netns.marks().outbound)?;
     socket.set_nonblocking(true)?;
     socket.set_tcp_nodelay(true)?;
     Ok(socket)

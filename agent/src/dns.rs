@@ -41,6 +41,8 @@ const ASKED: usize = 128;
 /// How names are served; the same for all pods of the node.
 #[derive(Clone)]
 pub struct Dns {
+    /// Of the listeners, UDP and TCP.
+    pub port: u16,
     /// Without a dot at either end, in lower case.
     pub cluster_domain: Arc<str>,
     /// Whose services win when several namespaces have a name.
@@ -98,7 +100,7 @@ struct PodNames {
 
 impl PodNames {
     fn new(node: Arc<Node>, dns: Dns, pod: Arc<Pod>) -> Self {
-        let sockets = PodSockets { netns: pod.netns.clone(), capture: node.capture.clone() };
+        let sockets = PodSockets { netns: pod.netns.clone(), redirection: node.capture.clone() };
         let resolver = dns.upstreams.as_ref().and_then(|upstreams| {
             let built = upstreams.in_pod(sockets);
             built.inspect_err(|error| tracing::error!(workload = %pod.uid, %error)).ok()

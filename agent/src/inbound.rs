@@ -17,7 +17,7 @@ mod plaintext;
 pub async fn serve_hbone(node: Arc<Node>, pod: Arc<Pod>, listener: TcpListener, drain: DrainWatch) {
     let end = ended(&pod, drain.clone());
     accept_until(&listener, end, |tcp, peer| {
-        let (node, pod, drain) = (node.clone(), pod.clone(), drain.clone());
+        let (node, pod, drain) = (node.clone(), node.successor(&pod), drain.clone());
         tokio::spawn(hbone::serve(node, pod, tcp, peer, drain));
     })
     .await;
@@ -32,7 +32,7 @@ pub async fn serve_plaintext(
 ) {
     let end = ended(&pod, drain.clone());
     accept_until(&listener, end, |tcp, peer: SocketAddr| {
-        let (node, pod, drain) = (node.clone(), pod.clone(), drain.clone());
+        let (node, pod, drain) = (node.clone(), node.successor(&pod), drain.clone());
         tokio::spawn(async move { plaintext::carry(&node, &pod, tcp, peer, drain).await });
     })
     .await;

@@ -32,6 +32,7 @@ pub mod control;
 pub mod file;
 pub mod watch;
 pub mod xds;
+pub mod zds;
 
 pub mod admin;
 pub mod connections;

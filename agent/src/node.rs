@@ -17,12 +17,12 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::ca::Certificates;
-use crate::capture::Capture;
+use crate::capture::Redirection;
 use crate::config::Keepalive;
 use crate::connections::Connections;
 use crate::dns::{Dns, OwnResolver};
 use crate::hbone;
-use crate::pods::Pod;
+use crate::pods::{Claim, Pod};
 use crate::telemetry::{Denial, DenialReason, DryRunEvaluation, Telemetry};
 
 /// How long a connection waits for the pod's own workload to become known.
@@ -35,7 +35,7 @@ pub struct Node {
     /// The network that this node's addresses belong to.
     pub network: Arc<str>,
     pub mesh: Arc<Mesh>,
-    pub capture: Arc<Capture>,
+    pub capture: Redirection,
     pub certificates: Arc<Certificates>,
     /// How pods are told names; `None` when they ask their servers themselves.
     pub dns: Option<Dns>,
@@ -75,7 +75,7 @@ impl Node {
         let mut changes = self.mesh.changes();
         let known = async {
             loop {
-                if let Some(workload) = self.mesh.snapshot().workload(&pod.uid) {
+                if let Some(workload) = pod.claim.find(&self.mesh.snapshot()) {
                     return workload.clone();
                 }
                 if changes.changed().await.is_err() {
@@ -84,11 +84,12 @@ impl Node {
             }
         };
         let asked = async {
-            if let Some(fetch) = &self.fetch
-                && self.mesh.snapshot().workload(&pod.uid).is_none()
+            // Pods that are known by name are this node's, whose workloads come unasked.
+            if let (Some(fetch), Claim::Uid(uid)) = (&self.fetch, &pod.claim)
+                && self.mesh.snapshot().workload(uid).is_none()
             {
                 // What it brings is seen like any other change.
-                let _ = fetch.fetch(ResourceKey::Uid(pod.uid.clone())).await;
+                let _ = fetch.fetch(ResourceKey::Uid(uid.clone())).await;
             }
             std::future::pending().await
         };
@@ -98,8 +99,18 @@ impl Node {
                 never = asked => never,
             }
         };
-        let unknown = |_| UnknownWorkload(pod.uid.clone());
+        let unknown = |_| UnknownWorkload(pod.claim.to_string());
         tokio::time::timeout(WORKLOAD_WAIT, known).await.map_err(unknown)
+    }
+
+    /// Who serves what arrives for `pod` now: itself, unless it left and came back since.
+    pub fn successor(&self, pod: &Arc<Pod>) -> Arc<Pod> {
+        if !pod.has_left() {
+            return pod.clone();
+        }
+        let pods = self.mesh.pods();
+        let again = pods.iter().find(|(other, _)| other.netns.cookie() == pod.netns.cookie());
+        again.map_or(pod, |(again, _)| again).clone()
     }
 
     /// Judges a connection to `local` by the policies of now, and tells of the judgement.
@@ -161,7 +172,7 @@ pub fn denial(denied: &Denied) -> Denial {
 /// The mesh does not (yet, or any more) know the workload of an enrolled pod.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("unknown local workload: {0}")]
-pub struct UnknownWorkload(Arc<str>);
+pub struct UnknownWorkload(String);
 
 /// The current snapshot and the enrolled pods; readers never wait.
 pub struct Mesh {
@@ -172,11 +183,53 @@ pub struct Mesh {
     published: watch::Sender<u64>,
 }
 
-/// The enrolled pods, by workload uid, and the same as decisions see them.
+/// The enrolled pods, each with the uid of its workload as far as that is known.
+pub type LocalPods = Vec<(Arc<Pod>, Option<Arc<str>>)>;
+
+/// The enrolled pods in the forms in which they are asked for.
 #[derive(Default)]
 struct Pods {
-    by_uid: HashMap<Arc<str>, Arc<Pod>>,
+    all: Arc<LocalPods>,
+    by_workload: HashMap<Arc<str>, Arc<Pod>>,
     enrolled: Arc<Enrolled>,
+    /// The node of those that are known by name; all are of one.
+    named_on: Option<Arc<str>>,
+}
+
+impl Pods {
+    fn new(pods: impl IntoIterator<Item = Arc<Pod>>, snapshot: &Snapshot) -> Self {
+        let workload = |pod: &Pod| match &pod.claim {
+            Claim::Uid(uid) => Some(uid.clone()),
+            claim @ Claim::Named(_) => claim.find(snapshot).map(|workload| workload.uid.clone()),
+        };
+        let all: LocalPods = pods
+            .into_iter()
+            .map(|pod| {
+                let uid = workload(&pod);
+                (pod, uid)
+            })
+            .collect();
+        let known = all.iter().filter_map(|(pod, uid)| Some((uid.clone()?, pod.clone())));
+        let by_workload: HashMap<_, _> = known.collect();
+        let enrolled = Arc::new(by_workload.keys().cloned().collect());
+        let named_on = all.iter().find_map(|(pod, _)| match &pod.claim {
+            Claim::Named(name) => Some(name.node.clone()),
+            Claim::Uid(_) => None,
+        });
+        Self { all: Arc::new(all), by_workload, enrolled, named_on }
+    }
+
+    /// Whether a change may make another workload that of a pod.
+    fn concerns(&self, change: &Change) -> bool {
+        match change {
+            Change::Workload(workload) => {
+                self.by_workload.contains_key(&workload.uid)
+                    || self.named_on.as_ref() == Some(&workload.node)
+            }
+            Change::RemoveWorkload(uid) => self.by_workload.contains_key(uid),
+            _ => false,
+        }
+    }
 }
 
 impl Mesh {
@@ -197,12 +250,13 @@ impl Mesh {
         self.pods.load().enrolled.clone()
     }
 
-    pub fn pod(&self, uid: &str) -> Option<Arc<Pod>> {
-        self.pods.load().by_uid.get(uid).cloned()
+    /// The enrolled pod that a workload is.
+    pub fn pod(&self, workload: &str) -> Option<Arc<Pod>> {
+        self.pods.load().by_workload.get(workload).cloned()
     }
 
-    pub fn pods(&self) -> Vec<Arc<Pod>> {
-        self.pods.load().by_uid.values().cloned().collect()
+    pub fn pods(&self) -> Arc<LocalPods> {
+        self.pods.load().all.clone()
     }
 
     /// Makes what every following decision looks at from what it is now and `changes`. Gives both,
@@ -213,17 +267,23 @@ impl Mesh {
     ) -> (Arc<Snapshot>, Arc<Snapshot>) {
         let _one_writer = self.writing.lock();
         let before = self.snapshot();
+        let pods = self.pods.load();
+        let mut concerned = false;
+        let changes = changes.into_iter().inspect(|change| concerned |= pods.concerns(change));
         let next = Arc::new(before.with(changes));
         self.snapshot.store(next.clone());
+        if concerned {
+            let all = pods.all.iter().map(|(pod, _)| pod.clone());
+            self.pods.store(Arc::new(Pods::new(all, &next)));
+        }
         self.published.send_modify(|count| *count += 1);
         (before, next)
     }
 
     /// Makes `pods` the enrolled ones.
     pub fn set_pods(&self, pods: impl IntoIterator<Item = Arc<Pod>>) {
-        let by_uid: HashMap<_, _> = pods.into_iter().map(|pod| (pod.uid.clone(), pod)).collect();
-        let enrolled = Arc::new(by_uid.keys().cloned().collect());
-        self.pods.store(Arc::new(Pods { by_uid, enrolled }));
+        let _one_writer = self.writing.lock();
+        self.pods.store(Arc::new(Pods::new(pods, &self.snapshot())));
         self.published.send_modify(|count| *count += 1);
     }
 

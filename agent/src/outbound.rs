@@ -32,7 +32,7 @@ pub async fn serve(node: Arc<Node>, pod: Arc<Pod>, listener: TcpListener, drain:
         }
     };
     accept_until(&listener, end, |client, peer| {
-        let (node, pod, drain) = (node.clone(), pod.clone(), drain.clone());
+        let (node, pod, drain) = (node.clone(), node.successor(&pod), drain.clone());
         tokio::spawn(async move { carry(&node, &pod, client, peer, drain).await });
     })
     .await;
@@ -65,9 +65,8 @@ async fn carry(
     };
     tune(&tcp, node.keepalive);
     let own = tcp.local_addr().unwrap_or(peer);
-    let original = match node.capture.original_dst(&tcp) {
-        Ok(Some(original)) => original,
-        Ok(None) => return failed(tcp, peer, own, &"no original destination"),
+    let original = match node.capture.outbound_dst(&tcp) {
+        Ok(original) => original,
         Err(error) => return failed(tcp, peer, own, &error),
     };
     let source = match node.workload_of(pod).await {

@@ -1,16 +1,73 @@
 //! A pod of this node while it is enrolled: its namespace, its tunnels, its listeners.
 
+use std::fmt;
 use std::sync::Arc;
 
+use culvert_core::snapshot::Snapshot;
+use culvert_core::workload::Workload;
 use tokio_util::sync::CancellationToken;
 
 use crate::capture::netns::Netns;
 use crate::hbone::Pool;
 
+/// Which workload a pod is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// The one with this uid.
+    Uid(Arc<str>),
+    /// The one of this node with these names: whoever enrols pods by their own UIDs does not know
+    /// those of workloads. It may be unknown yet, and become another one.
+    Named(PodName),
+}
+
+/// What the node knows a pod by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodName {
+    pub name: Arc<str>,
+    pub namespace: Arc<str>,
+    pub service_account: Arc<str>,
+    pub node: Arc<str>,
+}
+
+impl Claim {
+    /// The workload, if it is known.
+    pub fn find<'a>(&self, snapshot: &'a Snapshot) -> Option<&'a Arc<Workload>> {
+        match self {
+            Claim::Uid(uid) => snapshot.workload(uid),
+            Claim::Named(PodName { name, namespace, service_account, node }) => {
+                snapshot.local_workload(namespace, name, service_account, node)
+            }
+        }
+    }
+
+    /// Whether it names this workload.
+    pub fn is_of(&self, workload: &Workload) -> bool {
+        match self {
+            Claim::Uid(uid) => *uid == workload.uid,
+            Claim::Named(PodName { name, namespace, service_account, node }) => {
+                *name == workload.name
+                    && *namespace == workload.namespace
+                    && *service_account == workload.service_account
+                    && *node == workload.node
+            }
+        }
+    }
+}
+
+impl fmt::Display for Claim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Claim::Uid(uid) => uid.fmt(f),
+            Claim::Named(PodName { name, namespace, .. }) => write!(f, "{namespace}/{name}"),
+        }
+    }
+}
+
 /// One enrolled pod. Connections keep it alive after it is withdrawn.
 pub struct Pod {
-    /// The uid of its workload.
+    /// Its own UID where istio-cni tells it, else that of its workload.
     pub uid: Arc<str>,
+    pub claim: Claim,
     pub netns: Arc<Netns>,
     /// Its tunnels to other nodes and to waypoints.
     pub pool: Pool,
@@ -20,15 +77,20 @@ pub struct Pod {
 }
 
 impl Pod {
-    pub fn new(uid: Arc<str>, netns: Arc<Netns>, pool: Pool) -> Self {
+    pub fn new(uid: Arc<str>, claim: Claim, netns: Arc<Netns>, pool: Pool) -> Self {
         let (leaving, closed, gone) = Default::default();
-        Self { uid, netns, pool, leaving, closed, gone }
+        Self { uid, claim, netns, pool, leaving, closed, gone }
     }
 
     /// It takes no new streams on its tunnels; peers are told to go elsewhere.
     pub fn leave(&self) {
         self.leaving.cancel();
         self.pool.drain();
+    }
+
+    /// Whether it was told to leave.
+    pub fn has_left(&self) -> bool {
+        self.leaving.is_cancelled()
     }
 
     /// Its listeners close once their queues are empty.

@@ -6,7 +6,8 @@ use culvert_core::authorize::{authorize, judges_alike};
 use culvert_core::snapshot::Snapshot;
 
 use crate::connections::{CloseReason, Entry};
-use crate::node::Node;
+use crate::node::{LocalPods, Node};
+use crate::pods::Pod;
 
 /// Judges live inbound connections again after every publication, for as long as it is polled.
 ///
@@ -15,27 +16,35 @@ use crate::node::Node;
 pub async fn recheck(node: Arc<Node>) {
     let mut changes = node.mesh.changes();
     let mut judged = node.mesh.snapshot();
+    let mut known = node.mesh.pods();
     while changes.changed().await.is_ok() {
-        let current = node.mesh.snapshot();
-        if Arc::ptr_eq(&judged, &current) {
+        let (current, pods) = (node.mesh.snapshot(), node.mesh.pods());
+        let same_pods = Arc::ptr_eq(&known, &pods);
+        if Arc::ptr_eq(&judged, &current) && same_pods {
             continue;
         }
-        for pod in node.mesh.pods() {
-            if !judges_alike(&judged, &current, &pod.uid) {
-                for entry in node.connections.inbound_of(&pod.uid) {
-                    judge(&current, &entry);
+        for pod in pods.iter() {
+            let (Pod { uid, .. }, Some(workload)) = (&*pod.0, &pod.1) else { continue };
+            let is_same = same_pods || is_among(&known, uid, workload);
+            if !is_same || !judges_alike(&judged, &current, workload) {
+                for entry in node.connections.inbound_of(uid) {
+                    judge(&current, workload, &entry);
                 }
             }
         }
-        judged = current;
+        (judged, known) = (current, pods);
     }
 }
 
+/// Whether a pod was the same workload before.
+fn is_among(known: &LocalPods, uid: &str, workload: &str) -> bool {
+    known.iter().any(|(pod, before)| *pod.uid == *uid && before.as_deref() == Some(workload))
+}
+
 /// A workload that is no longer known is being withdrawn: its connections run to their own end.
-fn judge(snapshot: &Snapshot, entry: &Entry) {
+fn judge(snapshot: &Snapshot, workload: &str, entry: &Entry) {
     let live = entry.live();
-    let (Some(connection), Some(local)) = (&live.connection, snapshot.workload(&live.workload))
-    else {
+    let (Some(connection), Some(local)) = (&live.connection, snapshot.workload(workload)) else {
         return;
     };
     match authorize(snapshot, local, connection).verdict {

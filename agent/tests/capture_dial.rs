@@ -9,14 +9,15 @@ mod lab;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
-use culvert_agent::capture::{Capture, Listeners, Netns};
+use culvert_agent::capture::{Capture, Listeners, Netns, Redirection};
 use culvert_agent::dial::{DialFrom, dial_application, dial_out};
 use lab::*;
 
 /// An enrolled pod with the route back, and one that is not enrolled.
 struct Mesh {
-    capture: Capture,
+    capture: Arc<Capture>,
     listeners: Listeners,
     pod: Pod,
     neighbour: Pod,
@@ -27,7 +28,7 @@ impl Mesh {
     fn new() -> Mesh {
         let node = Node::new();
         let (pod, neighbour) = (node.pod(), node.pod());
-        let capture = node.capture();
+        let capture = Arc::new(node.capture());
         let listeners = pod.enrol(&capture);
         pod.netns.add_return_route().unwrap();
         Mesh { capture, listeners, pod, neighbour, _node: node }
@@ -138,7 +139,8 @@ fn dialling_out_is_not_captured_and_comes_from_the_pod() {
     for (dst, own) in [(mesh.neighbour.v4, mesh.pod.v4), (mesh.neighbour.v6, mesh.pod.v6)] {
         for source in [None, Some(own)] {
             let dst = SocketAddr::new(dst, 7000);
-            let _dialled = run(dial_out(&mesh.pod.netns, &mesh.capture, source, dst)).unwrap();
+            let redirection = Redirection::Ebpf(mesh.capture.clone());
+            let _dialled = run(dial_out(&mesh.pod.netns, &redirection, source, dst)).unwrap();
             assert_eq!(peer_ip(&accept(&application)), own);
         }
     }

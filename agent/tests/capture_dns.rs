@@ -104,7 +104,7 @@ impl Enrolled {
         assert_eq!(receive(socket), (b"answer".to_vec(), server));
     }
 
-    fn captured(&self) -> u64 {
+    fn questions(&self) -> u64 {
         self.capture.events().unwrap().captured_dns
     }
 }
@@ -131,7 +131,7 @@ fn unconnected_sockets_ask_the_agent() {
     mesh.expect_answer_unconnected(&mesh.udp4(), SERVER_V4);
     mesh.expect_answer_unconnected(&mesh.udp6(), SERVER_V6);
     mesh.expect_answer_unconnected(&mesh.udp6(), SERVER_MAPPED);
-    assert_eq!(mesh.captured(), 3);
+    assert_eq!(mesh.questions(), 3);
     assert!(is_idle(&mesh.listeners.outbound));
 }
 
@@ -141,7 +141,7 @@ fn connected_sockets_ask_the_agent() {
     mesh.expect_answer_connected(&mesh.udp4(), SERVER_V4, mesh.pod.v4);
     mesh.expect_answer_connected(&mesh.udp6(), SERVER_V6, mesh.pod.v6);
     mesh.expect_answer_connected(&mesh.udp6(), SERVER_MAPPED, mesh.pod.v4);
-    assert_eq!(mesh.captured(), 3);
+    assert_eq!(mesh.questions(), 3);
 }
 
 #[test]
@@ -253,7 +253,7 @@ fn tcp_to_a_server_goes_to_the_dns_listener() {
         assert_eq!(client.peer_addr().unwrap(), addr(server));
         talk(&mut client, &mut accept(listener));
     }
-    assert_eq!(mesh.captured(), 3);
+    assert_eq!(mesh.questions(), 3);
     assert!(is_idle(&mesh.listeners.outbound));
     assert_eq!(mesh.capture.counts().flows, 0);
 }
@@ -278,7 +278,7 @@ fn expect_plain(mesh: &Enrolled, server: &UdpSocket, to: SocketAddr) {
         server.send_to(b"plain", from).unwrap();
         assert_eq!(receive(&socket), (b"plain".to_vec(), to));
     }
-    assert_eq!(mesh.captured(), 0);
+    assert_eq!(mesh.questions(), 0);
 }
 
 #[test]

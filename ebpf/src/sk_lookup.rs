@@ -88,7 +88,11 @@ fn from_inside(ctx: &SkLookupContext, netns: u64, port: u32) -> u32 {
 #[inline(always)]
 fn from_outside(ctx: &SkLookupContext, netns: u64, ends: &Ends) -> u32 {
     let port = ends.local_port;
+    let beside_cni = has(netns, Pod::BESIDE_CNI);
     if port == OUTBOUND_PORT as u32 || port == PLAINTEXT_PORT as u32 {
+        if beside_cni {
+            return translated(ctx, netns, port);
+        }
         count(|counts| &mut counts.inbound_refused);
         return SK_DROP;
     }
@@ -98,6 +102,11 @@ fn from_outside(ctx: &SkLookupContext, netns: u64, ends: &Ends) -> u32 {
             count(|counts| &mut counts.inbound_hbone);
         }
         return assigned;
+    }
+    if beside_cni && ends.remote.is_node_probe() {
+        debug!(ctx, "netns {}: port {} from the node itself", netns, port);
+        count(|counts| &mut counts.inbound_node);
+        return SK_PASS;
     }
     if is_excluded(netns, port) {
         count(|counts| &mut counts.inbound_excluded);
@@ -113,6 +122,20 @@ fn from_outside(ctx: &SkLookupContext, netns: u64, ends: &Ends) -> u32 {
         debug!(ctx, "netns {}: port {} from the node itself", netns, port);
         count(|counts| &mut counts.inbound_node);
         return SK_PASS;
+    }
+    let assigned = lead(ctx, netns, port, Listener::Plaintext);
+    if assigned == SK_PASS {
+        count(|counts| &mut counts.inbound_plaintext);
+    }
+    assigned
+}
+
+/// istio-cni's rules have translated the destination into a port of the agent. Who named that port
+/// by himself gets as far, and is refused by the agent: only connection tracking knows the difference.
+#[inline(always)]
+fn translated(ctx: &SkLookupContext, netns: u64, port: u32) -> u32 {
+    if port == OUTBOUND_PORT as u32 {
+        return lead(ctx, netns, port, Listener::Outbound);
     }
     let assigned = lead(ctx, netns, port, Listener::Plaintext);
     if assigned == SK_PASS {

@@ -39,6 +39,9 @@ pub use ads::{Behaviour, Recorded};
 pub use serving::{ServerAuthority, Serving};
 pub use world::World;
 
+/// How long connections may take to end.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
 /// Where to listen.
 #[derive(Clone, Debug)]
 pub enum Listen {
@@ -94,7 +97,9 @@ impl ControlPlane {
     pub fn stop(&mut self) {
         if let Some(runtime) = self.running.take() {
             self.world.stopped();
-            runtime.shutdown_timeout(Duration::from_secs(5));
+            // A thread of its own, because the test's may not block.
+            let ending = std::thread::spawn(move || runtime.shutdown_timeout(STOP_LIMIT));
+            ending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         }
     }
 

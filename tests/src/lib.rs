@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cni;
 pub mod control;
 pub mod figures;
 pub mod load;

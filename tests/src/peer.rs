@@ -26,6 +26,10 @@ use tokio_rustls::client::TlsStream;
 
 use crate::LIMIT;
 
+mod terminus;
+
+pub use terminus::{Arrival, Terminus};
+
 /// The port of tunnels.
 pub const HBONE: u16 = 15008;
 

@@ -14,6 +14,7 @@ pub mod server;
 mod field;
 mod measure;
 mod report;
+mod scale;
 
 use field::{Field, Path};
 use measure::Kind;
@@ -24,8 +25,11 @@ use report::Report;
 #[command(after_help = "Examples:
   cargo xtask bench --quick
   cargo xtask bench --only latency --only cpu-per-10k --json numbers.json
-  CULVERT_BIN=/tmp/other/culvert cargo xtask bench --path cross")]
+  CULVERT_BIN=/tmp/other/culvert cargo xtask bench --path cross
+  cargo xtask bench scale")]
 pub struct Arguments {
+    #[command(subcommand)]
+    what: Option<What>,
     /// A minute's look: one short round
     #[arg(long)]
     quick: bool,
@@ -46,7 +50,15 @@ pub struct Arguments {
     seconds: Option<f64>,
 }
 
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    Scale(scale::Arguments),
+}
+
 pub fn run(arguments: &Arguments) -> Result<()> {
+    if let Some(What::Scale(arguments)) = &arguments.what {
+        return scale::run(arguments);
+    }
     let steps = Steps::new();
     setup::ensure(&steps, Purpose::Test)?;
     let binary = binary::release(&steps)?;

@@ -34,6 +34,9 @@ pub struct Arguments {
     /// Pack this program instead of building it; it must need no shared libraries
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
+    /// Make the image of the test application instead, which `cargo xtask e2e` puts into pods
+    #[arg(long)]
+    apps: bool,
     /// Also put the files of the image into this folder, which must be new or empty
     #[arg(long, value_name = "DIR")]
     files: Option<PathBuf>,
@@ -42,8 +45,15 @@ pub struct Arguments {
     json: bool,
 }
 
-/// Where the program is in the image.
-const PROGRAM: &str = "usr/local/bin/culvert";
+impl Arguments {
+    /// What the program is called.
+    fn name(&self) -> &'static str {
+        if self.apps { "culvert-app" } else { "culvert" }
+    }
+}
+
+/// Where programs are in the image.
+const PROGRAMS: &str = "usr/local/bin";
 
 pub fn run(arguments: &Arguments) -> Result<()> {
     let steps = Steps::new();
@@ -51,7 +61,11 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         Some(binary) => binary.clone(),
         None if arguments.arch == Architecture::own() => {
             setup::ensure(&steps, Purpose::Build)?;
-            build("culvert-agent", "culvert")?
+            if arguments.apps {
+                build("culvert-tests", "culvert-app")?
+            } else {
+                build("culvert-agent", "culvert")?
+            }
         }
         None => bail!(
             "this machine builds for {}; build elsewhere and name the program with --binary",
@@ -63,15 +77,14 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if arguments.arch == Architecture::own() && culvert_lab::sys::is_root() {
         starts_alone(&program, "--version")?;
     }
-    let image = agent(arguments, program)?;
+    let image = if arguments.apps { apps(arguments, program)? } else { agent(arguments, program)? };
     if let Some(folder) = &arguments.files {
         spread(&image.entries, folder)?;
     }
     let made = archive(&image)?;
-    let output = arguments
-        .output
-        .clone()
-        .unwrap_or_else(|| shell::target().join(format!("culvert-{}.tar", arguments.arch)));
+    let output = arguments.output.clone().unwrap_or_else(|| {
+        shell::target().join(format!("{}-{}.tar", arguments.name(), arguments.arch))
+    });
     fs::write(&output, &made.bytes).with_context(|| format!("writing {}", output.display()))?;
     if arguments.json {
         let told = json!({
@@ -92,8 +105,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 fn agent(arguments: &Arguments, program: Vec<u8>) -> Result<Image> {
     let version = env!("CARGO_PKG_VERSION");
     let file = |text: &str| Entry::File(0o644, text.as_bytes().to_vec());
+    let path = format!("{PROGRAMS}/{}", arguments.name());
     let entries = [
-        (PROGRAM, Entry::File(0o755, program)),
+        (path.as_str(), Entry::File(0o755, program)),
         ("etc/passwd", file(include_str!("../../deploy/image/passwd"))),
         ("etc/group", file(include_str!("../../deploy/image/group"))),
         ("tmp", Entry::Directory(0o1777)),
@@ -107,10 +121,27 @@ fn agent(arguments: &Arguments, program: Vec<u8>) -> Result<Image> {
     Ok(Image {
         reference: arguments.tag.clone().unwrap_or_else(|| format!("culvert:{version}")),
         architecture: arguments.arch.to_string(),
-        entrypoint: vec![format!("/{PROGRAM}")],
+        entrypoint: vec![format!("/{path}")],
         arguments: vec!["run".to_owned()],
         entries: entries.map(|(path, entry)| (path.to_owned(), entry)).into(),
         labels: labels.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
+        created: created()?,
+    })
+}
+
+/// The test application: nothing but the program, which needs no account of its own either.
+fn apps(arguments: &Arguments, program: Vec<u8>) -> Result<Image> {
+    let path = format!("{PROGRAMS}/{}", arguments.name());
+    Ok(Image {
+        reference: arguments.tag.clone().unwrap_or_else(|| "culvert-app:dev".to_owned()),
+        architecture: arguments.arch.to_string(),
+        entrypoint: vec![format!("/{path}")],
+        arguments: vec!["serve".to_owned()],
+        entries: BTreeMap::from([(path, Entry::File(0o755, program))]),
+        labels: BTreeMap::from([(
+            "org.opencontainers.image.title".to_owned(),
+            "culvert-app".to_owned(),
+        )]),
         created: created()?,
     })
 }

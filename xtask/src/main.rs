@@ -14,7 +14,9 @@ mod setup;
 mod bench;
 mod check;
 mod demo;
+mod e2e;
 mod image;
+mod kind;
 mod test;
 
 /// Culvert's developer commands.
@@ -32,7 +34,9 @@ enum Command {
     Test(test::Arguments),
     Demo(demo::Arguments),
     Bench(bench::Arguments),
+    E2e(Box<e2e::Arguments>),
     Image(image::Arguments),
+    Kind(kind::Arguments),
     #[command(hide = true)]
     BenchServer(bench::server::Arguments),
     #[command(hide = true)]
@@ -46,7 +50,9 @@ fn main() -> ExitCode {
         Command::Test(arguments) => test::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::E2e(arguments) => e2e::run(&arguments),
         Command::Image(arguments) => image::run(&arguments),
+        Command::Kind(arguments) => kind::run(&arguments),
         Command::BenchServer(arguments) => bench::server::run(&arguments),
         Command::BenchLoad(arguments) => bench::load::run(&arguments),
     };

@@ -105,6 +105,7 @@ fn needs(purpose: Purpose) -> Vec<Need> {
     if matches!(purpose, Purpose::Test | Purpose::Demo) {
         needs.push(need("ip", || shell::find("ip").is_some(), &["iproute2"], None));
         needs.push(need("openssl", || shell::find("openssl").is_some(), &["openssl"], None));
+        needs.push(need("nft", || shell::find("nft").is_some(), &["nftables"], None));
         needs.push(need("bpftool", || shell::find("bpftool").is_some(), &["bpftool"], None));
     }
     if purpose == Purpose::Demo {

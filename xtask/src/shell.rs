@@ -115,6 +115,11 @@ impl Steps {
         println!("  {} {name}: {why}", yellow("–"));
     }
 
+    /// Tells what came of one thing, with a mark of its own.
+    pub fn tell(&self, mark: &str, name: &str, note: &str, took: Duration) {
+        self.end(mark, name, note, took);
+    }
+
     /// The time since the beginning.
     pub fn elapsed(&self) -> Duration {
         self.start.elapsed()

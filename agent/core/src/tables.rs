@@ -35,6 +35,9 @@ pub struct PodSpec {
     pub exclude_inbound_ports: Vec<u16>,
     /// What the pod asks DNS servers outside of it is led to the agent.
     pub capture_dns: bool,
+    /// istio-cni has put its rules into the pod: what they lead to the agent's ports is captured, and
+    /// what comes from their address for the node's own connections is not.
+    pub beside_cni: bool,
 }
 
 /// Which way an excluded port counts.
@@ -57,6 +60,8 @@ pub struct PodEntry {
     pub captures_dns: bool,
     /// Its new connections go their plain way already.
     pub leaving: bool,
+    /// istio-cni's rules are in the pod too.
+    pub beside_cni: bool,
 }
 
 /// The contents of the kernel's tables.
@@ -103,6 +108,7 @@ impl Tables {
             excludes_cidrs: !spec.exclude_outbound_cidrs.is_empty(),
             captures_dns: spec.capture_dns,
             leaving: false,
+            beside_cni: spec.beside_cni,
         };
         self.pods.insert(cookie, entry);
         self.addresses.extend(addresses.into_iter().map(|ip| (ip, cookie)));

@@ -176,7 +176,7 @@ struct Counts {
 
 impl<'a> PodView<'a> {
     fn of(pod: &'a Pod, connections: &Connections) -> Self {
-        let live = connections.of(&pod.workload);
+        let live = connections.of(&pod.uid);
         let inbound = live.iter().filter(|e| e.live().direction == Direction::Inbound).count();
         Self {
             workload: &pod.workload,

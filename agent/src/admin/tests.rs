@@ -383,6 +383,7 @@ pub(super) fn register(
         src: "10.2.0.3:40112".parse().unwrap(),
         original_dst: original_dst.map(str::to_owned),
         actual_dst: actual_dst.parse().unwrap(),
+        pod: pod().uid,
         workload: "c1//Pod/shop/api-5c6b".into(),
         connection: None,
         source_identity: Some("spiffe://cluster.local/ns/web/sa/front".parse().unwrap()),

@@ -1,42 +1,46 @@
-//! Makes the enrolled pods those that the configuration names, again and again.
+//! Makes the enrolled pods those that the mesh file and istio-cni name, again and again.
 
-use std::collections::HashMap;
-use std::fs;
+mod leaving;
+mod orders;
+mod wanted;
+
+use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use culvert_abi::DNS_PORT;
-use culvert_core::workload::Workload;
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::time::Instant;
 
 use crate::admin::readiness::{OpenTask, Readiness, WORKLOAD_PROXY_MANAGER};
 use crate::capture::{
-    CaptureError, DnsSockets, Listeners, Netns, NetnsCookie, NetnsError, PodListeners, PodSpec,
+    CaptureError, DnsSockets, ListenOptions, Listeners, Marks, Netns, NetnsCookie, NetnsError,
+    PodListeners, PodSpec, Redirection,
 };
 use crate::dns::{self, Dns};
 use crate::drain::DrainWatch;
-use crate::file::{NetnsRef, PodSettings};
+use crate::file::PodSettings;
 use crate::hbone::Pool;
 use crate::node::Node;
-use crate::pods::Pod;
+use crate::pods::{Claim, Pod};
 use crate::{inbound, outbound};
 
-/// How long the listeners of a withdrawn pod still take what peers send who do not know yet.
-const LINGER: Duration = Duration::from_secs(5);
+use leaving::Leaving;
+pub(super) use wanted::Home;
+use wanted::{Handed, Wanted};
+
 /// Time between two attempts to enrol a pod that could not be enrolled.
 const RETRY: Duration = Duration::from_secs(3);
 
-/// What is known of a pod that is to be enrolled here, by workload uid.
+/// What is known of a pod that is to be enrolled here, by its uid.
 pub(super) type PodTable = Arc<Mutex<HashMap<Arc<str>, PodRow>>>;
 
 /// One pod as the administrator sees it.
 #[derive(Clone, Debug)]
 pub(super) struct PodRow {
-    pub netns: NetnsRef,
+    pub claim: Claim,
+    pub home: Home,
     pub cookie: Option<u64>,
     /// How it is captured; `None` when it is not.
     pub spec: Option<PodSpec>,
@@ -44,21 +48,51 @@ pub(super) struct PodRow {
     pub failed: Option<String>,
 }
 
+/// How pods are enrolled here.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Terms {
+    pub listen: ListenOptions,
+    pub marks: Marks,
+    /// istio-cni tells of pods, too.
+    pub cni: bool,
+}
+
 pub(super) struct Enrolment {
     node: Arc<Node>,
     readiness: Readiness,
     drain: DrainWatch,
+    terms: Terms,
+    /// The pods that the mesh file names.
+    named: Vec<PodSettings>,
+    /// The pods that istio-cni has handed over.
+    handed: HashMap<Arc<str>, Handed>,
+    cni: Cni,
     enrolled: HashMap<Arc<str>, EnrolledPod>,
     failed: HashMap<Arc<str>, Instant>,
-    /// Namespaces whose name is gone, by workload: refused everything until they have ended.
+    /// The listeners of pods that left, for as long as these linger.
+    leaving: Leaving,
+    /// Namespaces whose name is gone, by pod: refused everything until they have ended.
     ending: HashMap<NetnsCookie, Arc<str>>,
     table: PodTable,
     unready: Option<OpenTask>,
 }
 
+/// How far what istio-cni says is known.
+#[derive(Debug)]
+enum Cni {
+    /// It is not asked.
+    Unused,
+    /// No snapshot was complete so far.
+    Never,
+    /// The last snapshot is in force. istio-cni may know of pods that it had no namespace for.
+    Synced { unplaced: bool },
+    /// The same, and it is not known what has changed since.
+    Lost { unplaced: bool },
+}
+
 struct EnrolledPod {
     pod: Arc<Pod>,
-    netns: NetnsRef,
+    home: Home,
     spec: PodSpec,
     listeners: Listeners,
 }
@@ -68,6 +102,8 @@ struct EnrolledPod {
 enum EnrolError {
     #[error(transparent)]
     Netns(#[from] NetnsError),
+    #[error("its network namespace is that of pod {0}")]
+    Taken(Arc<str>),
     #[error("cannot listen in the pod: {0}")]
     Listen(std::io::Error),
     #[error("cannot set the pod's return route: {0}")]
@@ -79,14 +115,25 @@ enum EnrolError {
 }
 
 impl Enrolment {
-    pub fn new(node: Arc<Node>, readiness: Readiness, drain: DrainWatch) -> Self {
+    pub fn new(
+        node: Arc<Node>,
+        readiness: Readiness,
+        drain: DrainWatch,
+        terms: Terms,
+        named: Vec<PodSettings>,
+    ) -> Self {
         let unready = Some(readiness.open(WORKLOAD_PROXY_MANAGER));
         Self {
             node,
             readiness,
             drain,
+            terms,
+            named,
+            handed: HashMap::new(),
+            cni: if terms.cni { Cni::Never } else { Cni::Unused },
             enrolled: HashMap::new(),
             failed: HashMap::new(),
+            leaving: Leaving::default(),
             ending: HashMap::new(),
             table: PodTable::default(),
             unready,
@@ -97,68 +144,67 @@ impl Enrolment {
         self.table.clone()
     }
 
-    /// Enrols, withdraws and changes pods until they are `wanted`; what fails is tried again by
-    /// later calls.
-    pub async fn reconcile(&mut self, wanted: &[PodSettings]) {
-        let snapshot = self.node.mesh.snapshot();
-        let mut ours = HashMap::new();
-        for settings in wanted {
-            if let Some(workload) = snapshot.workload(&settings.workload)
-                && workload.node == self.node.name
-            {
-                ours.insert(settings.workload.clone(), (settings, workload.clone()));
-            }
+    /// Makes `named` the pods of the mesh file.
+    pub async fn follow(&mut self, named: Vec<PodSettings>) {
+        self.named = named;
+        self.reconcile().await;
+    }
+
+    /// Enrols, withdraws and changes pods until they are those that are wanted; what fails is tried
+    /// again by later calls.
+    pub async fn reconcile(&mut self) {
+        let wanted = self.wanted().await;
+        self.part(&wanted).await;
+        for (uid, want) in &wanted {
+            self.settle(uid, want).await;
         }
-        self.part(&ours).await;
-        for (uid, (settings, workload)) in &ours {
-            self.settle(uid, settings, workload).await;
-        }
-        self.forget_ended(&ours);
+        self.forget_ended(&wanted);
         self.let_go_of_strangers().await;
-        self.tell(&ours);
+        self.table.lock().retain(|uid, _| wanted.contains_key(uid));
+        self.tell();
     }
 
     /// Ends the pods that are no longer wanted, or no longer there.
-    async fn part(&mut self, ours: &HashMap<Arc<str>, (&PodSettings, Arc<Workload>)>) {
+    async fn part(&mut self, wanted: &HashMap<Arc<str>, Wanted>) {
         let mut parting = Vec::new();
         for (uid, enrolled) in &self.enrolled {
-            let gone = !is_still(&enrolled.netns, &enrolled.pod.netns);
-            let wanted = ours.get(uid).is_some_and(|(want, _)| want.netns == enrolled.netns);
-            if gone || !wanted {
+            let gone = !enrolled.home.is_still(&enrolled.pod.netns);
+            let stays = wanted.get(uid).is_some_and(|want| want.home.is_same(&enrolled.home));
+            if gone || !stays {
                 parting.push((uid.clone(), gone));
             }
         }
         for (uid, gone) in parting {
             if let Some(enrolled) = self.enrolled.remove(&uid) {
                 self.publish();
-                if gone && ours.contains_key(&uid) {
+                if gone && wanted.contains_key(&uid) {
                     self.end(uid, enrolled);
                 } else {
                     self.withdraw(enrolled, gone).await;
                 }
             }
         }
-        self.failed.retain(|uid, _| ours.contains_key(uid));
+        self.failed.retain(|uid, _| wanted.contains_key(uid));
     }
 
     /// The name of a wanted pod's namespace is gone, and maybe not all of its processes: without
     /// listeners it stays captured and is refused everything.
     fn end(&mut self, uid: Arc<str>, enrolled: EnrolledPod) {
         let cookie = enrolled.pod.netns.cookie();
-        tracing::info!(workload = %uid, %cookie, "the pod's network namespace is gone");
+        tracing::info!(pod = %enrolled.pod.claim, %cookie, "the pod's network namespace is gone");
         self.node.telemetry.pods().stopped.inc();
         enrolled.pod.end();
         self.ending.insert(cookie, uid);
     }
 
     /// What the file no longer names is not kept refused, but let go with the strangers.
-    fn forget_ended(&mut self, ours: &HashMap<Arc<str>, (&PodSettings, Arc<Workload>)>) {
+    fn forget_ended(&mut self, wanted: &HashMap<Arc<str>, Wanted>) {
         let enrolled = &self.enrolled;
         let again =
             |cookie| enrolled.values().any(|enrolled| enrolled.pod.netns.cookie() == cookie);
         let capture = &self.node.capture;
         self.ending.retain(|cookie, uid| {
-            if !ours.contains_key(uid) || again(*cookie) {
+            if !wanted.contains_key(uid) || again(*cookie) {
                 return false;
             }
             match capture.forget_ended(*cookie) {
@@ -171,55 +217,16 @@ impl Enrolment {
         });
     }
 
-    async fn withdraw(&self, enrolled: EnrolledPod, gone: bool) {
-        let EnrolledPod { pod, listeners, .. } = enrolled;
-        let (capture, cookie) = (self.node.capture.clone(), pod.netns.cookie());
-        let withdrawn = tokio::task::spawn_blocking(move || capture.withdraw(cookie)).await;
-        match withdrawn {
-            Ok(Ok(())) => tracing::info!(workload = %pod.uid, gone, "pod withdrawn"),
-            Ok(Err(error)) => tracing::error!(workload = %pod.uid, %error, "cannot withdraw pod"),
-            Err(error) => tracing::error!(workload = %pod.uid, %error, "cannot withdraw pod"),
-        }
-        self.node.telemetry.pods().stopped.inc();
-        if gone {
-            pod.end();
-            return;
-        }
-        pod.leave();
-        let node = self.node.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(LINGER).await;
-            pod.close();
-            drop(listeners);
-            // Its connections to the application need the way back until the last one has ended.
-            while !node.connections.of(&pod.uid).is_empty() {
-                tokio::time::sleep(LINGER).await;
-            }
-            let again = node.mesh.pods();
-            let stays = again.iter().any(|other| other.netns.cookie() == pod.netns.cookie());
-            if !stays && let Err(error) = pod.netns.remove_return_route() {
-                tracing::debug!(workload = %pod.uid, %error, "the return route stays");
-            }
-        });
-    }
-
-    async fn settle(&mut self, uid: &Arc<str>, settings: &PodSettings, workload: &Workload) {
-        let spec = PodSpec {
-            addresses: workload.addresses.clone(),
-            exclude_outbound_ports: settings.exclude_outbound_ports.clone(),
-            exclude_outbound_cidrs: settings.exclude_outbound_cidrs.clone(),
-            exclude_inbound_ports: settings.exclude_inbound_ports.clone(),
-            capture_dns: self.node.dns.is_some(),
-        };
+    async fn settle(&mut self, uid: &Arc<str>, want: &Wanted) {
         if let Some(enrolled) = self.enrolled.get_mut(uid) {
-            if enrolled.spec != spec {
+            if enrolled.spec != want.spec {
                 let listeners = PodListeners::from(&enrolled.listeners);
                 let netns = &*enrolled.pod.netns;
                 let capture = &self.node.capture;
-                match capture.enrol(netns.as_fd(), netns.cookie(), &spec, &listeners) {
-                    Ok(()) => enrolled.spec = spec,
+                match capture.enrol(netns.as_fd(), netns.cookie(), &want.spec, &listeners) {
+                    Ok(()) => enrolled.spec = want.spec.clone(),
                     Err(error) => {
-                        tracing::error!(workload = %uid, %error, "cannot change pod's capture");
+                        tracing::error!(pod = %want.claim, %error, "cannot change pod's capture");
                     }
                 }
             }
@@ -228,51 +235,63 @@ impl Enrolment {
         if self.failed.get(uid).is_some_and(|tried| tried.elapsed() < RETRY) {
             return;
         }
-        self.node.certificates.prefetch(&workload.identity());
-        match self.enrol(uid, settings, spec).await {
+        // The reason is in the log and the table.
+        let _ = self.attempt(uid, want).await;
+    }
+
+    /// Enrols a pod that is not enrolled, and tells how that went.
+    async fn attempt(&mut self, uid: &Arc<str>, want: &Wanted) -> Result<(), String> {
+        if let Some(workload) = want.claim.find(&self.node.mesh.snapshot()) {
+            self.node.certificates.prefetch(&workload.identity());
+        }
+        match self.enrol(uid, want).await {
             Ok(()) => {
                 self.failed.remove(uid);
                 self.node.telemetry.pods().started.inc();
-                tracing::info!(workload = %uid, netns = %settings.netns, "pod enrolled");
+                tracing::info!(pod = %want.claim, %uid, netns = %want.home, "pod enrolled");
+                Ok(())
             }
             Err(error) => {
                 let told = error.to_string();
-                let netns = settings.netns.clone();
-                let row = PodRow { netns, cookie: None, spec: None, failed: Some(told) };
-                let before = self.table.lock().insert(uid.clone(), row.clone());
-                if before.is_none_or(|before| before.failed != row.failed) {
-                    tracing::error!(workload = %uid, %error, "cannot enrol pod");
+                let row = PodRow {
+                    claim: want.claim.clone(),
+                    home: want.home.clone(),
+                    cookie: None,
+                    spec: None,
+                    failed: Some(told.clone()),
+                };
+                let before = self.table.lock().insert(uid.clone(), row);
+                if before.and_then(|before| before.failed).as_ref() != Some(&told) {
+                    tracing::error!(pod = %want.claim, %uid, %error, "cannot enrol pod");
                 }
                 self.failed.insert(uid.clone(), Instant::now());
+                Err(told)
             }
         }
     }
 
     /// The listeners are served before the first connection is led to them.
-    async fn enrol(
-        &mut self,
-        uid: &Arc<str>,
-        settings: &PodSettings,
-        spec: PodSpec,
-    ) -> Result<(), EnrolError> {
-        let netns = Arc::new(Netns::open(settings.netns.path())?);
-        let listeners = netns.listen().map_err(EnrolError::Listen)?;
-        let dns = self.listen_for_dns(&netns, &spec)?;
+    async fn enrol(&mut self, uid: &Arc<str>, want: &Wanted) -> Result<(), EnrolError> {
+        let netns = want.home.open(self.terms.marks)?;
+        let taken = |other: &&EnrolledPod| other.pod.netns.cookie() == netns.cookie();
+        if let Some(other) = self.enrolled.values().find(taken) {
+            return Err(EnrolError::Taken(other.pod.uid.clone()));
+        }
+        let listeners = match self.leaving.take(netns.cookie()) {
+            // It comes back before all that it was sent has arrived.
+            Some(listeners) => listeners,
+            None => netns.listen_with(self.terms.listen).map_err(EnrolError::Listen)?,
+        };
         let pool = Pool::new(self.node.tunnels.clone());
-        let pod = Pod::new(uid.clone(), netns.clone(), pool);
-        let pod = Arc::new(pod);
+        let pod = Arc::new(Pod::new(uid.clone(), want.claim.clone(), netns.clone(), pool));
+        let dns = self.listen_for_dns(&netns, &want.spec)?;
         let mut serving = self.serve(&pod, &listeners).map_err(EnrolError::Listen)?;
         serving.extend(dns.map(|(dns, sockets)| {
-            tokio::spawn(dns::serve(
-                self.node.clone(),
-                dns,
-                pod.clone(),
-                sockets,
-                self.drain.clone(),
-            ))
+            let (node, pod, drain) = (self.node.clone(), pod.clone(), self.drain.clone());
+            tokio::spawn(dns::serve(node, dns, pod, sockets, drain))
         }));
-        let enrolled =
-            EnrolledPod { pod: pod.clone(), netns: settings.netns.clone(), spec, listeners };
+        let (home, spec) = (want.home.clone(), want.spec.clone());
+        let enrolled = EnrolledPod { pod: pod.clone(), home, spec, listeners };
         self.enrolled.insert(uid.clone(), enrolled);
         self.publish();
         if let Err(error) = self.capture(uid, &netns).await {
@@ -290,8 +309,18 @@ impl Enrolment {
         let (capture, netns) = (self.node.capture.clone(), netns.clone());
         let (spec, listeners) = (enrolled.spec.clone(), enrolled.listeners.try_clone());
         let listeners = listeners.map_err(EnrolError::Listen)?;
+        let pod = enrolled.pod.claim.to_string();
+        let beside_cni = enrolled.spec.beside_cni;
         tokio::task::spawn_blocking(move || {
-            netns.add_return_route().map_err(EnrolError::Route)?;
+            match (netns.add_return_route(), &capture) {
+                (Ok(()), _) => {}
+                // There istio-cni's own route leads back while the pod is in the mesh.
+                (Err(error), Redirection::Cni) => tracing::warn!(%pod, %error, "no return route"),
+                (Err(error), Redirection::Ebpf(_)) => return Err(EnrolError::Route(error)),
+            }
+            if beside_cni && let Err(error) = netns.hold_translations() {
+                tracing::warn!(%pod, %error, "connections will not outlive istio-cni's rules");
+            }
             let listeners = PodListeners::from(&listeners);
             let netns = &*netns;
             capture.enrol(netns.as_fd(), netns.cookie(), &spec, &listeners)?;
@@ -307,8 +336,12 @@ impl Enrolment {
         spec: &PodSpec,
     ) -> Result<Option<(Dns, DnsSockets)>, EnrolError> {
         let Some(dns) = self.node.dns.clone() else { return Ok(None) };
-        let sockets =
-            netns.listen_for_dns(&spec.addresses, DNS_PORT).map_err(EnrolError::Listen)?;
+        // Packet rules lead questions to loopback; on an address of the pod, others could ask too.
+        let own = match self.terms.listen.by_rules {
+            true => &[],
+            false => &*spec.addresses,
+        };
+        let sockets = netns.listen_for_dns(own, dns.port).map_err(EnrolError::Listen)?;
         Ok(Some((dns, sockets)))
     }
 
@@ -334,53 +367,31 @@ impl Enrolment {
         self.node.mesh.set_pods(self.enrolled.values().map(|enrolled| enrolled.pod.clone()));
     }
 
-    /// Pods that an earlier agent enrolled and that nobody wants any more. As long as a wanted one
-    /// cannot be enrolled, it may be among them: then all stay, and are refused everything.
-    async fn let_go_of_strangers(&self) {
-        if !self.failed.is_empty() {
-            return;
-        }
-        let known: Vec<_> =
-            self.enrolled.values().map(|enrolled| enrolled.pod.netns.cookie()).collect();
-        let capture = self.node.capture.clone();
-        let strangers = capture
-            .pods()
-            .into_iter()
-            .filter(|cookie| !known.contains(cookie) && !self.ending.contains_key(cookie));
-        for cookie in strangers.collect::<Vec<_>>() {
-            let capture = capture.clone();
-            match tokio::task::spawn_blocking(move || capture.withdraw(cookie)).await {
-                Ok(Ok(())) => tracing::info!(%cookie, "pod of an earlier agent withdrawn"),
-                Ok(Err(error)) => tracing::error!(%cookie, %error, "cannot withdraw pod"),
-                Err(error) => tracing::error!(%cookie, %error, "cannot withdraw pod"),
-            }
-        }
-    }
-
-    fn tell(&mut self, ours: &HashMap<Arc<str>, (&PodSettings, Arc<Workload>)>) {
+    fn tell(&mut self) {
         let mut table = self.table.lock();
-        table.retain(|uid, _| ours.contains_key(uid));
         for (uid, enrolled) in &self.enrolled {
-            let cookie = Some(enrolled.pod.netns.cookie().0);
-            let (netns, spec) = (enrolled.netns.clone(), Some(enrolled.spec.clone()));
-            let row = PodRow { netns, cookie, spec, failed: None };
+            let row = PodRow {
+                claim: enrolled.pod.claim.clone(),
+                home: enrolled.home.clone(),
+                cookie: Some(enrolled.pod.netns.cookie().0),
+                spec: Some(enrolled.spec.clone()),
+                failed: None,
+            };
             table.insert(uid.clone(), row);
         }
         drop(table);
         let pods = self.node.telemetry.pods();
         pods.active.set(i64::try_from(self.enrolled.len()).unwrap_or(i64::MAX));
         pods.pending.set(i64::try_from(self.failed.len()).unwrap_or(i64::MAX));
-        if self.failed.is_empty() {
+        let told = matches!(self.cni, Cni::Unused | Cni::Synced { .. });
+        if told && self.failed.is_empty() {
             self.unready = None;
         } else if self.unready.is_none() {
             self.unready = Some(self.readiness.open(WORKLOAD_PROXY_MANAGER));
         }
     }
-}
 
-/// Whether the name still leads to the namespace that was opened.
-fn is_still(name: &NetnsRef, opened: &Netns) -> bool {
-    let Ok(own) = opened.metadata() else { return false };
-    fs::metadata(name.path())
-        .is_ok_and(|named| (named.dev(), named.ino()) == (own.dev(), own.ino()))
+    fn uids_of_handed(&self) -> HashSet<Arc<str>> {
+        self.handed.keys().cloned().collect()
+    }
 }

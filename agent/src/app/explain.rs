@@ -129,8 +129,10 @@ impl Story {
     }
 
     /// How a pod of this node is captured.
-    fn spec(&self, uid: &str) -> Option<PodSpec> {
-        self.pods.lock().get(uid)?.spec.clone()
+    fn spec(&self, workload: &Workload) -> Option<PodSpec> {
+        let pods = self.pods.lock();
+        let mut rows = pods.values();
+        rows.find(|row| row.claim.is_of(workload))?.spec.clone()
     }
 
     fn left_alone(&self, source: &Workload, target: OriginalDst) -> Option<LeftAlone> {
@@ -138,7 +140,7 @@ impl Story {
         if ip.is_loopback() || ip.is_unspecified() || source.addresses.contains(&ip) {
             return Some(LeftAlone::Own);
         }
-        let spec = self.spec(&source.uid)?;
+        let spec = self.spec(source)?;
         if spec.exclude_outbound_ports.contains(&target.port()) {
             return Some(LeftAlone::ExcludedPort);
         }
@@ -270,7 +272,7 @@ impl Story {
     /// The destination's side of a connection without an identity, if the pod is captured.
     fn arrive_in_plain(&mut self, node: &Node, local: &Workload, client: IpAddr, to: AppAddr) {
         let is_elsewhere = local.node != node.name;
-        let spec = self.spec(&local.uid);
+        let spec = self.spec(local);
         if !is_elsewhere && spec.is_none() {
             return;
         }

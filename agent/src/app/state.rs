@@ -21,8 +21,10 @@ use crate::config::{Config, MeshSettings};
 use crate::connections::{Connections, Direction, Protocol};
 use crate::file::{self, FileStatus};
 use crate::node::Node;
+use crate::pods::Claim;
 use crate::telemetry::{CertificateReading, KernelReading, SourceReading, TunnelReading};
 use crate::tls::CertificateSummary;
+use crate::xds::{XdsConnection, XdsStatus};
 
 pub(super) struct State {
     pub node: Arc<Node>,
@@ -30,7 +32,9 @@ pub(super) struct State {
     pub mesh: MeshSettings,
     pub pods: PodTable,
     /// That of the mesh file, when there is one.
-    pub source: Option<watch::Receiver<FileStatus>>,
+    pub file: Option<watch::Receiver<FileStatus>>,
+    /// That of the control plane, when there is one.
+    pub xds: Option<watch::Receiver<XdsStatus>>,
     pub started: Instant,
     /// Asks for the graceful shutdown.
     pub stop: mpsc::Sender<()>,
@@ -40,7 +44,17 @@ impl State {
     /// Lets the metrics read what other rooms keep.
     pub fn watch(&self) {
         let telemetry = &self.node.telemetry;
-        if let Some(source) = self.source.clone() {
+        if let Some(status) = self.xds.clone() {
+            telemetry.watch_source(move || {
+                let status = status.borrow();
+                SourceReading {
+                    kind: "xds",
+                    loaded: status.last_push,
+                    loads: status.acks,
+                    errors: status.nacks,
+                }
+            });
+        } else if let Some(source) = self.file.clone() {
             telemetry.watch_source(move || {
                 let status = source.borrow();
                 SourceReading {
@@ -110,7 +124,7 @@ fn certificate_ages(state: &ca::CertificateState) -> Option<CertificateReading> 
 }
 
 fn tunnels(node: &Node) -> TunnelReading {
-    let connections = node.mesh.pods().iter().map(|pod| pod.pool.connections() as u64).sum();
+    let connections = node.mesh.pods().iter().map(|(pod, _)| pod.pool.connections() as u64).sum();
     let is_stream = |protocol| matches!(protocol, Protocol::Hbone | Protocol::DoubleHbone);
     let open = node.connections.all();
     let streams = open
@@ -144,7 +158,10 @@ fn shown(certificate: CertificateSummary) -> Certificate {
 
 impl State {
     fn source(&self) -> Source {
-        let Some(file) = &self.source else {
+        if let Some(xds) = &self.xds {
+            return control_plane(&xds.borrow());
+        }
+        let Some(file) = &self.file else {
             return Source { kind: "none", path: String::new(), loaded_at: None, error: None };
         };
         let file = file.borrow().clone();
@@ -155,6 +172,20 @@ impl State {
             error: file.error.map(|error| error.to_string()),
         }
     }
+}
+
+fn control_plane(status: &XdsStatus) -> Source {
+    let (path, error) = match (&status.connection, &status.last_rejected) {
+        (XdsConnection::Open { address }, None) => (address.to_string(), None),
+        (XdsConnection::Open { address }, Some(rejected)) => {
+            (address.to_string(), Some(format!("rejected: {rejected}")))
+        }
+        (XdsConnection::Connecting | XdsConnection::Waiting, _) => {
+            ("not connected".to_owned(), status.last_error.clone())
+        }
+    };
+    let loaded_at = status.current.map(Into::into);
+    Source { kind: "xds", path, loaded_at, error }
 }
 
 impl AdminState for State {
@@ -177,18 +208,30 @@ impl AdminState for State {
         let certificates = self.node.certificates.states();
         let rows = self.pods.lock().clone();
         let rows = rows.into_iter().filter_map(|(uid, row)| {
-            let workload = snapshot.workload(&uid)?;
-            let identity = workload.identity();
-            let certificate = certificates.iter().find(|state| state.identity == identity);
+            let workload = row.claim.find(&snapshot);
+            let (name, namespace, service_account) = match (workload, &row.claim) {
+                (Some(workload), _) => {
+                    (&workload.name, &workload.namespace, &workload.service_account)
+                }
+                (None, Claim::Named(pod)) => (&pod.name, &pod.namespace, &pod.service_account),
+                (None, Claim::Uid(_)) => return None,
+            };
+            let identity = workload.map(|workload| workload.identity());
+            let certificate =
+                certificates.iter().find(|state| Some(&state.identity) == identity.as_ref());
+            let enrolled = row.spec.map(|spec| spec.addresses);
             Some(Pod {
-                uid: uid.clone(),
-                workload: uid,
-                name: workload.name.clone(),
-                namespace: workload.namespace.clone(),
-                service_account: workload.service_account.clone(),
-                netns: row.netns.path().display().to_string(),
+                uid,
+                workload: workload.map(|workload| workload.uid.clone()).unwrap_or_default(),
+                name: name.clone(),
+                namespace: namespace.clone(),
+                service_account: service_account.clone(),
+                netns: row.home.to_string(),
                 cookie: row.cookie.unwrap_or_default(),
-                addresses: workload.addresses.clone(),
+                addresses: match workload {
+                    Some(workload) => workload.addresses.clone(),
+                    None => enrolled.unwrap_or_default(),
+                },
                 state: row.failed.map_or(PodState::Enrolled, PodState::Failed),
                 certificate: certificate
                     .map_or(CertificateStatus::Initializing, |found| status(&found.state)),

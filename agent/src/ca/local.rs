@@ -17,6 +17,8 @@ pub struct LocalIdentities {
     by_uid: HashMap<Arc<str>, Identity>,
     /// How many workloads have it; never 0.
     workloads: HashMap<Identity, usize>,
+    /// Whether each identity that the step touched was there before it.
+    before: HashMap<Identity, bool>,
 }
 
 /// What the certificate cache has to do after a step of the mesh. Nothing is in both.
@@ -31,31 +33,32 @@ pub struct IdentityChanges {
 impl LocalIdentities {
     /// Of a node without workloads.
     pub fn new(node: Arc<str>) -> Self {
-        Self { node, by_uid: HashMap::new(), workloads: HashMap::new() }
+        let (by_uid, workloads, before) = Default::default();
+        Self { node, by_uid, workloads, before }
     }
 
-    /// Follows one step, whose changes apply in their order.
+    /// Follows one change of a step. Those of a step come in the order in which they apply.
+    pub fn note(&mut self, change: &Change) {
+        match change {
+            Change::Workload(workload) => {
+                let now = self.needs_certificate(workload).then(|| workload.identity());
+                self.set(&workload.uid, now);
+            }
+            Change::RemoveWorkload(uid) => self.set(uid, None),
+            Change::Service(_)
+            | Change::RemoveService(_)
+            | Change::Authorization(_)
+            | Change::RemoveAuthorization(_)
+            | Change::RequireWaypoint(_) => {}
+        }
+    }
+
+    /// Ends a step.
     ///
     /// A workload that moves to another identity within the step counts once, by what it is in the end.
-    pub fn follow(&mut self, changes: &[Change]) -> IdentityChanges {
-        // Whether each touched identity was there before the step.
-        let mut before = HashMap::new();
-        for change in changes {
-            match change {
-                Change::Workload(workload) => {
-                    let now = self.needs_certificate(workload).then(|| workload.identity());
-                    self.set(&workload.uid, now, &mut before);
-                }
-                Change::RemoveWorkload(uid) => self.set(uid, None, &mut before),
-                Change::Service(_)
-                | Change::RemoveService(_)
-                | Change::Authorization(_)
-                | Change::RemoveAuthorization(_)
-                | Change::RequireWaypoint(_) => {}
-            }
-        }
+    pub fn due(&mut self) -> IdentityChanges {
         let mut due = IdentityChanges::default();
-        for (identity, was) in before {
+        for (identity, was) in self.before.drain() {
             match (was, self.workloads.contains_key(&identity)) {
                 (false, true) => due.prefetch.push(identity),
                 (true, false) => due.forget.push(identity),
@@ -73,7 +76,7 @@ impl LocalIdentities {
         workload.node == self.node && in_mesh
     }
 
-    fn set(&mut self, uid: &Arc<str>, now: Option<Identity>, before: &mut HashMap<Identity, bool>) {
+    fn set(&mut self, uid: &Arc<str>, now: Option<Identity>) {
         if self.by_uid.get(uid) == now.as_ref() {
             return;
         }
@@ -83,7 +86,7 @@ impl LocalIdentities {
         };
         for identity in old.iter().chain(&now) {
             let was = self.workloads.contains_key(identity);
-            before.entry(identity.clone()).or_insert(was);
+            self.before.entry(identity.clone()).or_insert(was);
         }
         if let Some(Entry::Occupied(mut count)) = old.map(|old| self.workloads.entry(old)) {
             *count.get_mut() -= 1;

@@ -274,7 +274,8 @@ fn pod_value(pod: PodEntry) -> Pod {
             | flag(pod.excludes_inbound_ports, Pod::HAS_EXCLUDED_INBOUND_PORTS)
             | flag(pod.excludes_cidrs, Pod::HAS_EXCLUDED_NETS)
             | flag(pod.leaving, Pod::LEAVING)
-            | flag(pod.captures_dns, Pod::CAPTURES_DNS),
+            | flag(pod.captures_dns, Pod::CAPTURES_DNS)
+            | flag(pod.beside_cni, Pod::BESIDE_CNI),
     }
 }
 
@@ -294,6 +295,7 @@ fn pod_entry(pod: Pod) -> PodEntry {
         excludes_cidrs: pod.flags & Pod::HAS_EXCLUDED_NETS != 0,
         captures_dns: pod.flags & Pod::CAPTURES_DNS != 0,
         leaving: pod.flags & Pod::LEAVING != 0,
+        beside_cni: pod.flags & Pod::BESIDE_CNI != 0,
     }
 }
 

@@ -1,15 +1,20 @@
 //! Network namespaces: entering them, listening in them, and their route back for kept addresses.
 
 mod routes;
+mod tracking;
 
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use culvert_abi::{HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT};
+use culvert_abi::{
+    APPLICATION_BIT, APPLICATION_MARK, HBONE_PORT, OUTBOUND_MARK, OUTBOUND_MARK_MASK,
+    OUTBOUND_PORT, PLAINTEXT_PORT,
+};
 use culvert_core::tables::NetnsCookie;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
@@ -30,6 +35,47 @@ pub struct Netns {
     file: File,
     home: File,
     cookie: NetnsCookie,
+    marks: Marks,
+}
+
+/// The marks of the sockets that the agent opens in a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Marks {
+    /// Of those that connect out of it.
+    pub outbound: u32,
+    /// Of those that connect to its application from a client's address.
+    pub application: u32,
+}
+
+impl Default for Marks {
+    fn default() -> Self {
+        Self { outbound: OUTBOUND_MARK, application: APPLICATION_MARK }
+    }
+}
+
+impl Marks {
+    /// From the mark that istio-cni's rules let pass (`PACKET_MARK`).
+    pub fn of(packet: u32) -> Self {
+        let application = (packet & OUTBOUND_MARK_MASK) | APPLICATION_BIT;
+        Self { outbound: packet, application }
+    }
+}
+
+/// How the agent listens in a pod.
+#[derive(Clone, Copy, Debug)]
+pub struct ListenOptions {
+    /// Other agents may listen on the same ports: the one before this, or the next
+    /// (`INPOD_PORT_REUSE`).
+    pub share_ports: bool,
+    /// Rules of the pod bring the connections, and not `sk_lookup`: the listeners carry the mark, and
+    /// take what is delivered to addresses that are not the pod's.
+    pub by_rules: bool,
+}
+
+impl Default for ListenOptions {
+    fn default() -> Self {
+        Self { share_ports: true, by_rules: false }
+    }
 }
 
 /// What went wrong with a network namespace.
@@ -39,6 +85,10 @@ pub enum NetnsError {
     Open { path: PathBuf, error: io::Error },
     #[error("cookie of network namespace {path:?} (needs Linux 5.14): {error}")]
     Cookie { path: PathBuf, error: io::Error },
+    #[error("the descriptor is not a network namespace")]
+    NotOne,
+    #[error("the descriptor is the agent's own network namespace")]
+    Own,
 }
 
 impl Netns {
@@ -47,13 +97,35 @@ impl Netns {
         let path = path.as_ref();
         let failed = |error| NetnsError::Open { path: path.to_owned(), error };
         let file = File::open(path).map_err(failed)?;
+        Netns::of(file, path)
+    }
+
+    /// One that another process has handed over.
+    pub fn received(file: OwnedFd) -> Result<Netns, NetnsError> {
+        if !sys::is_netns(file.as_fd()) {
+            return Err(NetnsError::NotOne);
+        }
+        let netns = Netns::of(file.into(), Path::new("received"))?;
+        let home = netns.home.metadata().map(|home| (home.dev(), home.ino()));
+        let own = netns.metadata().map(|own| (own.dev(), own.ino()));
+        match (home, own) {
+            (Ok(home), Ok(own)) if home != own => Ok(netns),
+            _ => Err(NetnsError::Own),
+        }
+    }
+
+    fn of(file: File, path: &Path) -> Result<Netns, NetnsError> {
+        let failed = |error| NetnsError::Open { path: path.to_owned(), error };
         let home = File::open(CURRENT).map_err(failed)?;
         let cookie = run_in(file.as_fd(), home.as_fd(), || {
             let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
             sys::netns_cookie(socket.as_fd())
         });
         match cookie {
-            Ok(Ok(cookie)) => Ok(Netns { file, home, cookie: NetnsCookie(cookie) }),
+            Ok(Ok(cookie)) => {
+                let (cookie, marks) = (NetnsCookie(cookie), Marks::default());
+                Ok(Netns { file, home, cookie, marks })
+            }
             Ok(Err(error)) => Err(NetnsError::Cookie { path: path.to_owned(), error }),
             Err(error) => Err(failed(error)),
         }
@@ -74,6 +146,30 @@ impl Netns {
         self.file.metadata()
     }
 
+    /// The same namespace, in which the agent's sockets carry these marks.
+    pub fn marked(self, marks: Marks) -> Netns {
+        Netns { marks, ..self }
+    }
+
+    /// What the agent's sockets in it carry.
+    pub fn marks(&self) -> Marks {
+        self.marks
+    }
+
+    /// Whether both are the same namespace, by device and inode.
+    pub fn is_same(&self, other: &Netns) -> bool {
+        let Ok((one, other)) = self.metadata().and_then(|one| Ok((one, other.metadata()?))) else {
+            return false;
+        };
+        (one.dev(), one.ino()) == (other.dev(), other.ino())
+    }
+
+    /// The addresses of its interfaces, without loopback and link-local ones. Blocks for about a
+    /// millisecond.
+    pub fn addresses(&self) -> io::Result<Vec<IpAddr>> {
+        routes::addresses(self)
+    }
+
     /// What the kernel programs know it by.
     pub fn cookie(&self) -> NetnsCookie {
         self.cookie
@@ -89,11 +185,18 @@ impl Netns {
     /// Opens the agent's three listeners of a pod. They bind every address of both families, or of
     /// IPv4 where the machine has no IPv6; `sk_lookup` alone decides what reaches them.
     pub fn listen(&self) -> io::Result<Listeners> {
+        self.listen_with(ListenOptions::default())
+    }
+
+    /// The same in a given way.
+    pub fn listen_with(&self, options: ListenOptions) -> io::Result<Listeners> {
+        let mark = options.by_rules.then_some(self.marks.outbound);
+        let style = Style { share_ports: options.share_ports, mark };
         self.run(|| {
             Ok(Listeners {
-                outbound: listen_for_relays(OUTBOUND_PORT)?,
-                plaintext: listen_for_relays(PLAINTEXT_PORT)?,
-                hbone: listen(HBONE_PORT)?,
+                outbound: listen_for_relays(OUTBOUND_PORT, style)?,
+                plaintext: listen_for_relays(PLAINTEXT_PORT, style)?,
+                hbone: listen(HBONE_PORT, style)?,
             })
         })?
     }
@@ -133,6 +236,17 @@ impl Netns {
     /// Undoes [`Netns::add_return_route`]. Open connections that kept a client's address break.
     pub fn remove_return_route(&self) -> io::Result<()> {
         routes::remove(self)
+    }
+
+    /// Keeps connections that rules of the pod have translated whole when those rules go (nftables,
+    /// Linux 5.2 for translation in family `inet`).
+    pub fn hold_translations(&self) -> io::Result<()> {
+        tracking::hold(self)
+    }
+
+    /// Undoes [`Netns::hold_translations`].
+    pub fn release_translations(&self) -> io::Result<()> {
+        tracking::release(self)
     }
 }
 
@@ -189,30 +303,40 @@ fn run_in<T>(netns: BorrowedFd, home: BorrowedFd, inside: impl FnOnce() -> T) ->
     Ok(result)
 }
 
+#[derive(Clone, Copy)]
+struct Style {
+    share_ports: bool,
+    /// Set where rules, and not `sk_lookup`, bring the connections.
+    mark: Option<u32>,
+}
+
 /// What is accepted before its destination is known ends with a reset, also when the agent is killed.
-fn listen_for_relays(port: u16) -> io::Result<TcpListener> {
-    let listener = listen(port)?;
+fn listen_for_relays(port: u16, style: Style) -> io::Result<TcpListener> {
+    let listener = listen(port, style)?;
     SockRef::from(&listener).set_linger(Some(Duration::ZERO))?;
     Ok(listener)
 }
 
-fn listen(port: u16) -> io::Result<TcpListener> {
-    try_listen(port)
+fn listen(port: u16, style: Style) -> io::Result<TcpListener> {
+    try_listen(port, style)
         .map_err(|error| io::Error::new(error.kind(), format!("listening on port {port}: {error}")))
 }
 
-/// Accepted sockets inherit what is set here. No mark, therefore: their replies would go to `lo`.
-fn try_listen(port: u16) -> io::Result<TcpListener> {
+fn try_listen(port: u16, style: Style) -> io::Result<TcpListener> {
     let v6 = || -> io::Result<Socket> {
         let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP))?;
         socket.set_only_v6(false)?;
-        prepare(&socket)?;
+        prepare(&socket, style)?;
+        if style.mark.is_some() {
+            // A refinement: what is redirected, and not merely led here, arrives without.
+            let _ = sys::set_option(socket.as_fd(), libc::IPPROTO_IPV6, sys::IPV6_TRANSPARENT, 1);
+        }
         socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)).into())?;
         Ok(socket)
     };
     let v4 = || -> io::Result<Socket> {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
-        prepare(&socket)?;
+        prepare(&socket, style)?;
         socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)).into())?;
         Ok(socket)
     };
@@ -224,11 +348,6 @@ fn try_listen(port: u16) -> io::Result<TcpListener> {
     // The namespace's net.core.somaxconn bounds it.
     socket.listen(libc::c_int::MAX)?;
     Ok(socket.into())
-}
-
-fn prepare(socket: &Socket) -> io::Result<()> {
-    share(socket)?;
-    socket.set_tcp_nodelay(true)
 }
 
 /// The next agent listens on the same port before this one has ended.
@@ -262,6 +381,18 @@ fn listen_for_queries(addr: SocketAddr) -> io::Result<(UdpSocket, TcpListener)> 
     }
     tcp.listen(libc::c_int::MAX)?;
     Ok((udp.into(), tcp.into()))
+}
+
+/// Accepted sockets inherit what is set here: a mark on them must be one that no route looks at.
+fn prepare(socket: &Socket, style: Style) -> io::Result<()> {
+    socket.set_nonblocking(true)?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(style.share_ports)?;
+    if let Some(mark) = style.mark {
+        socket.set_mark(mark)?;
+        let _ = sys::set_option(socket.as_fd(), libc::SOL_IP, libc::IP_TRANSPARENT, 1);
+    }
+    socket.set_tcp_nodelay(true)
 }
 
 /// Whether a failure says that IPv6 is absent or switched off.

@@ -4,7 +4,8 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -18,6 +19,8 @@ const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// `SO_NETNS_COOKIE` (Linux 5.14).
 const SO_NETNS_COOKIE: libc::c_int = 71;
+/// `IPV6_TRANSPARENT` (Linux 2.6.37).
+pub const IPV6_TRANSPARENT: libc::c_int = 75;
 /// `BPF_FS_MAGIC`.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
@@ -182,6 +185,79 @@ pub fn netns_cookie(socket: BorrowedFd) -> io::Result<u64> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }
 
+/// The destination that a connection had before it was translated (`SO_ORIGINAL_DST`, and
+/// `IP6T_SO_ORIGINAL_DST`, which has the same number). An IPv4 connection may be on an IPv6 socket.
+pub fn original_dst(socket: BorrowedFd) -> io::Result<SocketAddr> {
+    let v4 = original_dst_of(socket, libc::SOL_IP);
+    let found = v4.or_else(|_| original_dst_of(socket, libc::SOL_IPV6))?;
+    found.as_socket().ok_or_else(|| io::Error::other("not an IP address"))
+}
+
+fn original_dst_of(socket: BorrowedFd, level: libc::c_int) -> io::Result<socket2::SockAddr> {
+    const SO_ORIGINAL_DST: libc::c_int = 80;
+    // SAFETY: the kernel writes at most `length` bytes, and tells how many it wrote.
+    let ((), address) = unsafe {
+        socket2::SockAddr::try_init(|storage, length| {
+            let fd = socket.as_raw_fd();
+            match libc::getsockopt(fd, level, SO_ORIGINAL_DST, storage.cast(), length) {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        })
+    }?;
+    Ok(address)
+}
+
+/// Whether a descriptor is a network namespace (`NS_GET_NSTYPE`, Linux 4.11).
+pub fn is_netns(file: BorrowedFd) -> bool {
+    /// `_IO(0xb7, 3)`
+    const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
+    /// `NSFS_MAGIC`.
+    const NSFS_MAGIC: i64 = 0x6e73_6673;
+    // SAFETY: all zeroes is a valid value of this plain structure.
+    let mut stat: libc::statfs = unsafe { mem::zeroed() };
+    // SAFETY: `stat` is ours.
+    if unsafe { libc::fstatfs(file.as_raw_fd(), &mut stat) } < 0 || stat.f_type as i64 != NSFS_MAGIC
+    {
+        return false;
+    }
+    // SAFETY: the request takes no argument, and the file is one of the file system that knows it.
+    unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE) == libc::CLONE_NEWNET }
+}
+
+/// A file of `/proc/sys`, for writing, where that is mounted read-only, as in containers: opened
+/// through a mount of `proc` that is nowhere in the tree (fsopen(2), Linux 5.2; needs
+/// `CAP_SYS_ADMIN`).
+pub fn open_setting(setting: &str) -> io::Result<File> {
+    let call = |result: libc::c_long| match i32::try_from(result) {
+        // SAFETY: the kernel has just given this descriptor to us alone.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        Ok(_) | Err(_) => Err(io::Error::last_os_error()),
+    };
+    const FSOPEN_CLOEXEC: libc::c_long = 1;
+    const FSCONFIG_CMD_CREATE: libc::c_long = 6;
+    const FSMOUNT_CLOEXEC: libc::c_long = 1;
+    // SAFETY: the string is terminated and outlives the call.
+    let context = unsafe { libc::syscall(libc::SYS_fsopen, c"proc".as_ptr(), FSOPEN_CLOEXEC) };
+    let context = call(context)?;
+    // SAFETY: this command takes no further arguments.
+    let made = unsafe {
+        libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), FSCONFIG_CMD_CREATE, 0, 0, 0)
+    };
+    if made < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: takes numbers only.
+    let mount =
+        unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), FSMOUNT_CLOEXEC, 0) };
+    let mount = call(mount)?;
+    let path = CString::new(format!("sys/{setting}"))?;
+    let flags = libc::O_WRONLY | libc::O_CLOEXEC;
+    // SAFETY: the path is terminated and outlives the call.
+    let file = unsafe { libc::openat(mount.as_raw_fd(), path.as_ptr(), flags) };
+    call(file.into()).map(File::from)
+}
+
 /// Sets a socket option that is one number.
 pub fn set_option(
     socket: BorrowedFd,
@@ -232,47 +308,6 @@ pub fn mount_bpf_fs(path: &Path) -> io::Result<()> {
         libc::mount(c"bpf".as_ptr(), path.as_ptr(), c"bpf".as_ptr(), 0, data.as_ptr().cast())
     };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-/// A process file system that is mounted nowhere and writable, unlike that of most containers
-/// (fsopen(2), Linux 5.2; `CAP_SYS_ADMIN`).
-pub fn process_fs() -> io::Result<OwnedFd> {
-    // SAFETY: the name is terminated and outlives the call.
-    let context = unsafe { libc::syscall(libc::SYS_fsopen, c"proc".as_ptr(), FSOPEN_CLOEXEC) };
-    let context = descriptor(context)?;
-    let none = std::ptr::null::<libc::c_char>();
-    let context_fd = context.as_raw_fd();
-    // SAFETY: this command takes neither key nor value.
-    let created = unsafe {
-        libc::syscall(libc::SYS_fsconfig, context_fd, FSCONFIG_CMD_CREATE, none, none, 0)
-    };
-    if created < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: takes a descriptor and numbers only.
-    descriptor(unsafe { libc::syscall(libc::SYS_fsmount, context_fd, FSMOUNT_CLOEXEC, 0) })
-}
-
-/// `include/uapi/linux/mount.h`.
-const FSOPEN_CLOEXEC: libc::c_uint = 1;
-const FSMOUNT_CLOEXEC: libc::c_uint = 1;
-const FSCONFIG_CMD_CREATE: libc::c_uint = 6;
-
-fn descriptor(result: libc::c_long) -> io::Result<OwnedFd> {
-    match RawFd::try_from(result) {
-        // SAFETY: the kernel has just made this descriptor for us alone.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        Ok(_) | Err(_) => Err(io::Error::last_os_error()),
-    }
-}
-
-/// Opens a file below a folder for writing.
-pub fn open_to_write(folder: BorrowedFd, path: &Path) -> io::Result<File> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    let flags = libc::O_WRONLY | libc::O_CLOEXEC;
-    // SAFETY: the path is terminated and outlives the call.
-    let opened = unsafe { libc::openat(folder.as_raw_fd(), path.as_ptr(), flags) };
-    descriptor(opened.into()).map(File::from)
 }
 
 /// Gives back the lock of [`lock`], also for processes that hold a copy of the descriptor.

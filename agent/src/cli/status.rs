@@ -26,7 +26,13 @@ pub(super) fn text(status: &Status) -> String {
     };
     lines.push(row("Source", format!("{} {}, {loaded}", source.kind, source.path)));
     if let Some(error) = &source.error {
-        lines.push(row("", format!("NOT in force as it is now: {error}")));
+        lines.push(row(
+            "",
+            match source.kind.as_str() {
+                "file" => format!("NOT in force as it is now: {error}"),
+                _ => error.clone(),
+            },
+        ));
     }
     let snapshot = &status.snapshot;
     lines.push(row(

@@ -9,6 +9,7 @@ fn live(direction: Direction, workload: &str) -> LiveConnection {
         src: "10.2.0.3:40112".parse().unwrap(),
         original_dst: None,
         actual_dst: "10.1.0.7:8080".parse().unwrap(),
+        pod: workload.into(),
         workload: workload.into(),
         connection: None,
         source_identity: None,

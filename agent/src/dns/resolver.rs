@@ -22,7 +22,7 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::timeout;
 
 use super::message::{Question, Reply};
-use crate::capture::{Capture, Netns};
+use crate::capture::{Netns, Redirection};
 use crate::dial;
 
 /// How many answers are remembered for one pod.
@@ -139,7 +139,7 @@ impl PodResolver {
 #[derive(Clone)]
 pub(super) struct PodSockets {
     pub netns: Arc<Netns>,
-    pub capture: Arc<Capture>,
+    pub redirection: Redirection,
 }
 
 /// The resolver's runtime, with the sockets of one pod.
@@ -171,12 +171,12 @@ impl RuntimeProvider for PodRuntime {
         _bind: Option<SocketAddr>,
         limit: Option<Duration>,
     ) -> Pin<Box<dyn Future<Output = io::Result<Self::Tcp>> + Send>> {
-        let PodSockets { netns, capture } = self.sockets.clone();
+        let PodSockets { netns, redirection } = self.sockets.clone();
         Box::pin(async move {
             let connecting = async {
                 match is_agents(server) {
                     true => TcpStream::connect(server).await,
-                    false => dial::dial_out(&netns, &capture, None, server).await,
+                    false => dial::dial_out(&netns, &redirection, None, server).await,
                 }
             };
             let connected = timeout(limit.unwrap_or(CONNECT_LIMIT), connecting).await;
@@ -189,11 +189,11 @@ impl RuntimeProvider for PodRuntime {
         _local: SocketAddr,
         server: SocketAddr,
     ) -> Pin<Box<dyn Future<Output = io::Result<Connected>> + Send>> {
-        let PodSockets { netns, capture } = self.sockets.clone();
+        let PodSockets { netns, redirection } = self.sockets.clone();
         Box::pin(async move {
             let socket = match is_agents(server) {
                 true => dial::udp(server)?,
-                false => dial::udp_out(&netns, &capture, server)?,
+                false => dial::udp_out(&netns, &redirection, server)?,
             };
             Ok(Connected { socket, server })
         })

@@ -8,6 +8,7 @@ use culvert_core::workload::Workload;
 use tokio::net::TcpStream;
 
 use crate::accept::{reset, tune};
+use crate::capture::plaintext_dst;
 use crate::connections::{Direction, LiveConnection, Protocol};
 use crate::drain::DrainWatch;
 use crate::node::{Node, denial};
@@ -25,9 +26,8 @@ pub(super) async fn carry(
 ) {
     let _open = node.telemetry.socket_opened(Reporter::Destination);
     tune(&tcp, node.keepalive);
-    // The kernel assigned the listener without rewriting: the local address is the original one.
-    let addressed = match tcp.local_addr() {
-        Ok(addr) => SocketAddr::new(addr.ip().to_canonical(), addr.port()),
+    let addressed = match plaintext_dst(&tcp) {
+        Ok(addressed) => addressed,
         Err(_gone) => return reset(tcp),
     };
     let failed = |tcp, error: &dyn std::fmt::Display| {
@@ -75,7 +75,8 @@ async fn judge(
         src: peer,
         original_dst: None,
         actual_dst: to,
-        workload: pod.uid.clone(),
+        pod: pod.uid.clone(),
+        workload: local.uid.clone(),
         connection: Some(admission.connection.clone()),
         source_identity: None,
         destination_identity: None,

@@ -33,7 +33,7 @@ pub(super) async fn carry(captured: Captured<'_>, to: AppAddr, destination: Arc<
         Err(error) => return refuse(flow.captured.tcp, source, error.into()),
     };
     let inbound = flow.open_destination(&identities, &admission);
-    let inbound_guard = flow.register_destination(&identities, &admission, &inbound);
+    let inbound_guard = flow.register_destination(&pod, &identities, &admission, &inbound);
     let node = flow.captured.node;
     let permit = match node.authorize(&flow.destination, &admission.connection) {
         Ok(permit) => permit,
@@ -152,7 +152,8 @@ impl Flow<'_> {
             src,
             original_dst: Some(self.captured.original.to_string()),
             actual_dst: self.to.addr(),
-            workload: pod.uid.clone(),
+            pod: pod.uid.clone(),
+            workload: self.captured.source.uid.clone(),
             connection: None,
             source_identity: Some(identities.0.clone()),
             destination_identity: Some(identities.1.clone()),
@@ -163,6 +164,7 @@ impl Flow<'_> {
 
     fn register_destination(
         &self,
+        pod: &Pod,
         identities: &(Identity, Identity),
         admission: &Admission,
         open: &OpenConnection,
@@ -173,6 +175,7 @@ impl Flow<'_> {
             src: self.captured.client.addr(),
             original_dst: Some(self.captured.original.to_string()),
             actual_dst: admission.to.addr(),
+            pod: pod.uid.clone(),
             workload: self.destination.uid.clone(),
             connection: Some(admission.connection.clone()),
             source_identity: Some(identities.0.clone()),

@@ -18,7 +18,7 @@ pub(super) async fn carry(captured: Captured<'_>, to: AppAddr, workload: Option<
     let hostname = service.as_ref().map(|service| service.hostname.clone());
     let open = node.telemetry.open(ConnectionContext {
         reporter: Reporter::Source,
-        source: Some(source),
+        source: Some(source.clone()),
         source_identity: None,
         baggage: None,
         destination: workload,
@@ -35,7 +35,8 @@ pub(super) async fn carry(captured: Captured<'_>, to: AppAddr, workload: Option<
         src: client.addr(),
         original_dst: Some(original.to_string()),
         actual_dst: to.addr(),
-        workload: pod.uid.clone(),
+        pod: pod.uid.clone(),
+        workload: source.uid.clone(),
         connection: None,
         source_identity: None,
         destination_identity: None,

@@ -1,7 +1,7 @@
 //! Connections that leave through HBONE: to a workload, a waypoint or a network gateway.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use culvert_core::addr::HboneAddr;
@@ -55,7 +55,8 @@ pub(super) async fn carry(captured: Captured<'_>, tunnel: Tunnel, next_hop: Arc<
         src: client.addr(),
         original_dst: Some(original.to_string()),
         actual_dst: tunnel.via.addr(),
-        workload: pod.uid.clone(),
+        pod: pod.uid.clone(),
+        workload: source.uid.clone(),
         connection: None,
         source_identity: Some(identity.clone()),
         destination_identity: Some(next_hop.identity()),
@@ -193,7 +194,10 @@ impl Caller<'_> {
         certificate: &WorkloadCertificate,
     ) -> Result<Dialled<ClientStream>, DialError> {
         // Waypoints judge by the source address: it is the client's where the families agree.
-        let source = Some(self.client.ip()).filter(|ip| ip.is_ipv4() == via.ip().is_ipv4());
+        // A guest of the pod, behind an interface of its own, has an address that is not the pod's.
+        let is_own = |ip: &IpAddr| self.source.addresses.contains(ip);
+        let source = Some(self.client.ip());
+        let source = source.filter(|ip| ip.is_ipv4() == via.ip().is_ipv4() && is_own(ip));
         let (netns, capture) = (&self.pod.netns, &self.node.capture);
         let tcp = dial::dial_out(netns, capture, source, via.addr()).await;
         let tcp = tcp.map_err(DialError::Tcp)?;

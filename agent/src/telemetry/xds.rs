@@ -3,13 +3,13 @@
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
-use prometheus_client::encoding::DescriptorEncoder;
+use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
-use super::encode::{counter, gauge};
+use super::encode::gauge;
 use super::readings::{Reading, seconds_between};
 
 type Counts = Family<[(&'static str, &'static str); 1], Counter>;
@@ -89,7 +89,7 @@ impl Reading for XdsReading {
     fn encode(self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
         let mut value = |name, help, value: f64| {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-            gauge::<[(&str, &str); 0], _>(&mut family, &[], value)
+            family.encode_gauge(&value)
         };
         let connected = f64::from(u8::from(self.connected));
         value("culvert_xds_connected", "Whether a stream to the control plane is open", connected)?;
@@ -108,6 +108,6 @@ impl Reading for XdsReading {
         gauge(&mut family, &[("type", "authorization")], self.authorizations)?;
         let (name, help) = ("culvert_xds_rejected_resources", "Resources not taken over");
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-        counter::<[(&str, &str); 0], _>(&mut family, &[], self.rejected)
+        family.encode_counter::<NoLabelSet, _, u64>(&self.rejected, None)
     }
 }

@@ -7,19 +7,34 @@
 
 #![no_std]
 
+use core::net::{Ipv4Addr, Ipv6Addr};
+
 /// Version of the layouts in this crate; kept in [`ABI_MAP`].
 pub const ABI_VERSION: u32 = 2;
 
-/// Socket mark of the agent's connections towards an application over `lo`: a routing rule of the
-/// pod sends what carries it to the local table, so that replies to a kept client address come back.
-pub const APPLICATION_MARK: u32 = 0x111;
-/// Bits of the mark that the routing rule compares.
-pub const APPLICATION_MARK_MASK: u32 = 0xfff;
-/// Socket mark of the agent's connections out of a pod. It only tells operators whose packets they
-/// see: what exempts them from capture is [`SocketRole::Exempt`], which a pod cannot set.
+/// Socket mark of the agent's connections out of a pod (`PACKET_MARK`). The rules that istio-cni puts
+/// into a pod let pass what carries it in its low 12 bits. Our own programs do not look at it: what
+/// exempts a socket from capture there is [`SocketRole::Exempt`], which a pod cannot set.
 pub const OUTBOUND_MARK: u32 = 0x539;
-/// The routing table of a pod that makes every address local to `lo`.
-pub const LOCAL_TABLE: u32 = 100;
+/// Bits of a mark that istio-cni's rules compare.
+pub const OUTBOUND_MARK_MASK: u32 = 0xfff;
+/// What a mark towards an application over `lo` has beside the bits of [`OUTBOUND_MARK`]: a routing
+/// rule of the pod sends what carries it to the local table, so that replies to a kept client
+/// address come back.
+pub const APPLICATION_BIT: u32 = 0x1000;
+/// Socket mark of the agent's connections towards an application over `lo`.
+pub const APPLICATION_MARK: u32 = OUTBOUND_MARK | APPLICATION_BIT;
+/// Bits of the mark that our routing rule compares.
+pub const APPLICATION_MARK_MASK: u32 = 0xffff;
+/// The routing table of a pod that makes every address local to `lo`. It is not istio-cni's table
+/// 100, which goes when that takes the pod out of the mesh while connections still need the way.
+pub const LOCAL_TABLE: u32 = 15008;
+
+/// The addresses from which processes of the node reach a pod that istio-cni enrolled
+/// (`HOST_PROBE_SNAT_IP`, `HOST_PROBE_SNAT_IPV6`).
+pub const NODE_PROBE_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
+pub const NODE_PROBE_V6: Ipv6Addr =
+    Ipv6Addr::new(0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff);
 
 /// Port of the agent's listener for captured outbound connections, in each pod.
 pub const OUTBOUND_PORT: u16 = 15001;
@@ -122,6 +137,9 @@ impl Pod {
     pub const LEAVING: u32 = 8;
     /// What the pod asks DNS servers is led to the agent.
     pub const CAPTURES_DNS: u32 = 16;
+    /// istio-cni has put its rules into the pod: they may lead connections to the agent's ports, and
+    /// the node's own arrive from [`NODE_PROBE_V4`] and [`NODE_PROBE_V6`].
+    pub const BESIDE_CNI: u32 = 32;
 }
 
 /// A port whose connections one pod keeps to itself.
@@ -343,6 +361,9 @@ const _: () = {
     }
 };
 
+/// Written out as words: sixteen bytes compared as a whole would become a map of a program.
+const NODE_PROBE_V6_WORDS: [u32; 4] = Address { ip: NODE_PROBE_V6.octets() }.words();
+
 impl Address {
     /// No address.
     pub const UNSPECIFIED: Address = Address { ip: [0; 16] };
@@ -357,6 +378,15 @@ impl Address {
     #[inline(always)]
     pub const fn v4(word: u32) -> Self {
         Self::v6([0, 0, 0xffffu32.to_be(), word])
+    }
+
+    /// Whether it is the address that istio-cni lets the node's own connections come from.
+    #[inline(always)]
+    pub const fn is_node_probe(self) -> bool {
+        let [a, b, c, d] = self.words();
+        let [e, f, g, h] = NODE_PROBE_V6_WORDS;
+        let v4 = self.is_v4() && d == u32::from_ne_bytes(NODE_PROBE_V4.octets());
+        v4 || (a == e && b == f && c == g && d == h)
     }
 
     /// The four words in network byte order; the last one is the IPv4 address of a mapped one.

@@ -19,10 +19,16 @@ pub struct Mesh {
     pub services: Vec<ServiceSpec>,
     /// The policies.
     pub policies: Vec<PolicySpec>,
+    /// Workloads that have no pod here, each a map in YAML.
+    pub workloads: Vec<String>,
+    /// The network of the agents, of their pods and of the services' addresses.
+    pub network: String,
     /// `nobody`, `everyBound`, or a list in YAML.
     pub require_waypoint: String,
     /// How long the embedded CA's certificates live.
     pub certificate_ttl: Duration,
+    /// Whether the file says which pods are enrolled; otherwise agents learn it from elsewhere.
+    pub enrols: bool,
     pub(crate) attach: crate::lab::Attach,
 }
 
@@ -53,6 +59,9 @@ pub struct PodSpec {
     pub exclude_outbound_cidrs: Vec<String>,
     /// Inbound ports that are left alone.
     pub exclude_inbound_ports: Vec<u16>,
+    /// Fields of the workload with their values in YAML, added or in place of those that follow from
+    /// the above.
+    pub fields: Vec<(String, String)>,
 }
 
 /// A service to be, with one virtual address of each family.
@@ -70,6 +79,9 @@ pub struct ServiceSpec {
     pub waypoint: Option<String>,
     /// The value of `loadBalancer` in YAML, if any.
     pub load_balancer: Option<String>,
+    /// Further fields with their values in YAML, added or in place of those that follow from the
+    /// above.
+    pub fields: Vec<(String, String)>,
 }
 
 /// A policy to be.
@@ -107,8 +119,11 @@ impl Mesh {
             pods: Vec::new(),
             services: Vec::new(),
             policies: Vec::new(),
+            workloads: Vec::new(),
+            network: String::new(),
             require_waypoint: "nobody".to_owned(),
             certificate_ttl: Duration::from_secs(24 * 3600),
+            enrols: true,
             attach: crate::lab::Attach::Process,
         }
     }
@@ -149,6 +164,12 @@ impl Mesh {
         self
     }
 
+    /// A workload that has no pod here: a map in YAML.
+    pub fn workload(mut self, yaml: &str) -> Self {
+        self.workloads.push(yaml.to_owned());
+        self
+    }
+
     /// Makes the namespaces and writes the file. Agents are started one by one afterwards.
     pub fn start(self) -> anyhow::Result<Running> {
         Running::start(self)
@@ -171,6 +192,7 @@ impl PodSpec {
             exclude_outbound_ports: Vec::new(),
             exclude_outbound_cidrs: Vec::new(),
             exclude_inbound_ports: Vec::new(),
+            fields: Vec::new(),
         }
     }
 
@@ -193,6 +215,12 @@ impl PodSpec {
     /// Sends traffic addressed to the pod through a waypoint.
     pub fn behind(mut self, waypoint: &str) -> Self {
         self.waypoint = Some(waypoint.to_owned());
+        self
+    }
+
+    /// Sets a field of the workload, such as `capacity`, to a value in YAML.
+    pub fn with(mut self, field: &str, yaml: &str) -> Self {
+        self.fields.push((field.to_owned(), yaml.to_owned()));
         self
     }
 
@@ -220,6 +248,7 @@ impl ServiceSpec {
             endpoints: Vec::new(),
             waypoint: None,
             load_balancer: None,
+            fields: Vec::new(),
         }
     }
 
@@ -238,6 +267,12 @@ impl ServiceSpec {
     /// Sends traffic addressed to the service through a waypoint.
     pub fn behind(mut self, waypoint: &str) -> Self {
         self.waypoint = Some(waypoint.to_owned());
+        self
+    }
+
+    /// Sets a field, such as `ipFamilies`, to a value in YAML.
+    pub fn with(mut self, field: &str, yaml: &str) -> Self {
+        self.fields.push((field.to_owned(), yaml.to_owned()));
         self
     }
 

@@ -35,6 +35,34 @@ pub struct Passage {
     pub target: u16,
 }
 
+/// Where a proxy takes the bytes of a tunnel, without looking into them.
+#[derive(Clone, Debug)]
+pub struct Crossing {
+    /// What the tunnel is to name: `IP:port` or `host:port`.
+    pub authority: String,
+    pub target: SocketAddr,
+}
+
+/// A port of a proxy's loopback address that leads into a tunnel.
+#[derive(Clone, Debug)]
+pub struct WayOut {
+    pub port: u16,
+    /// What the tunnel names.
+    pub authority: String,
+    /// Where it is dialled, on port 15008.
+    pub via: IpAddr,
+    /// Who must be there.
+    pub identity: String,
+}
+
+/// What an Envoy is to do.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    pub passages: Vec<Passage>,
+    pub crossings: Vec<Crossing>,
+    pub ways_out: Vec<WayOut>,
+}
+
 /// Finds Envoy: the private installation below `target`, or the one on the path. One of another
 /// version does not count.
 pub fn find_envoy(target: &Path) -> Result<PathBuf> {
@@ -63,7 +91,19 @@ pub fn start(
     envoy: &Path,
     passages: &[Passage],
 ) -> Result<Process> {
-    let config = write_config(mesh, authority, pod, passages)?;
+    let plan = Plan { passages: passages.to_vec(), ..Plan::default() };
+    start_plan(mesh, authority, pod, envoy, &plan)
+}
+
+/// Starts Envoy in the pod called `pod` to do as planned, and waits until it serves.
+pub fn start_plan(
+    mesh: &Running,
+    authority: &Authority,
+    pod: &str,
+    envoy: &Path,
+    plan: &Plan,
+) -> Result<Process> {
+    let config = write_config(mesh, authority, pod, plan)?;
     let place = mesh.pod(pod).place();
     let mut command = place.command(envoy)?;
     command.arg("-c").arg(&config);
@@ -91,32 +131,28 @@ pub fn validate(
     envoy: &Path,
     passages: &[Passage],
 ) -> Result<()> {
-    let config = write_config(mesh, authority, pod, passages)?;
+    let plan = Plan { passages: passages.to_vec(), ..Plan::default() };
+    let config = write_config(mesh, authority, pod, &plan)?;
     let config = config.to_str().context("the lab's folder is not text")?;
     let envoy = envoy.to_str().context("Envoy's path is not text")?;
     mesh.pod(pod).place().output(envoy, &["--mode", "validate", "-c", config]).map(drop)
 }
 
-fn write_config(
-    mesh: &Running,
-    authority: &Authority,
-    pod: &str,
-    passages: &[Passage],
-) -> Result<PathBuf> {
+fn write_config(mesh: &Running, authority: &Authority, pod: &str, plan: &Plan) -> Result<PathBuf> {
     let identity = mesh.spec(pod).identity();
     let signed = authority.sign_identity(&mesh.lab().state().join("waypoint"), pod, &identity)?;
     let path = mesh.lab().state().join(format!("waypoint-{pod}.yaml"));
-    let text = print(mesh, &signed, pod, passages);
+    let text = print(mesh, &signed, pod, plan);
     std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
     Ok(path)
 }
 
-fn print(mesh: &Running, signed: &Signed, pod: &str, passages: &[Passage]) -> String {
+fn print(mesh: &Running, signed: &Signed, pod: &str, plan: &Plan) -> String {
     let own = trust(signed, &format!("prefix: \"spiffe://{TRUST_DOMAIN}/\""));
     let mut hosts = String::new();
     let mut listeners = String::new();
     let mut clusters = String::new();
-    for (number, passage) in passages.iter().enumerate() {
+    for (number, passage) in plan.passages.iter().enumerate() {
         let is_pod = mesh.description().pods.iter().any(|spec| spec.name == passage.service);
         let addresses = match is_pod {
             true => mesh.pod(&passage.service).addresses(),
@@ -144,6 +180,29 @@ fn print(mesh: &Running, signed: &Signed, pod: &str, passages: &[Passage]) -> St
         let values: Vec<(&str, &str)> = values.iter().map(|(k, v)| (*k, v.as_str())).collect();
         listeners.push_str(&fill(INNER, &values));
         clusters.push_str(&fill(OUTWARD, &values));
+    }
+    for (number, crossing) in plan.crossings.iter().enumerate() {
+        let values = [
+            ("N", format!("crossing-{number}")),
+            ("DOMAINS", format!("\"{}\"", crossing.authority)),
+            ("ADDRESS", crossing.target.ip().to_string()),
+            ("PORT", crossing.target.port().to_string()),
+        ];
+        let values: Vec<(&str, &str)> = values.iter().map(|(k, v)| (*k, v.as_str())).collect();
+        hosts.push_str(&fill(HOST, &values));
+        clusters.push_str(&fill(CROSSING, &values));
+    }
+    for (number, way) in plan.ways_out.iter().enumerate() {
+        let values = [
+            ("N", format!("way-{number}")),
+            ("PORT", way.port.to_string()),
+            ("TARGET", way.authority.clone()),
+            ("ADDRESS", way.via.to_string()),
+            ("TRUST", trust(signed, &format!("exact: \"{}\"", way.identity))),
+        ];
+        let values: Vec<(&str, &str)> = values.iter().map(|(k, v)| (*k, v.as_str())).collect();
+        listeners.push_str(&fill(WAY_OUT, &values));
+        clusters.push_str(&fill(TUNNEL, &values));
     }
     let parts =
         [("TRUST", own), ("HOSTS", hosts), ("LISTENERS", listeners), ("CLUSTERS", clusters)];
@@ -174,6 +233,9 @@ const WHOLE: &str = include_str!("waypoint/whole.yaml");
 const HOST: &str = include_str!("waypoint/host.yaml");
 const INNER: &str = include_str!("waypoint/inner.yaml");
 const OUTWARD: &str = include_str!("waypoint/outward.yaml");
+const CROSSING: &str = include_str!("waypoint/crossing.yaml");
+const WAY_OUT: &str = include_str!("waypoint/way_out.yaml");
+const TUNNEL: &str = include_str!("waypoint/tunnel.yaml");
 
 #[cfg(test)]
 mod tests;

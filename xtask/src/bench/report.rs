@@ -127,7 +127,7 @@ fn short(value: f64) -> String {
     }
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
+pub fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut sorted: Vec<f64> = values.collect();
     sorted.sort_by(f64::total_cmp);
     let (half, even) = (sorted.len() / 2, sorted.len().is_multiple_of(2));

@@ -8,7 +8,7 @@ mod paths;
 use paths::Import;
 
 /// Foreign packages and the rooms of the agent that they live in.
-const ROOMS: [(&[&str], &[&str]); 6] = [
+const ROOMS: [(&[&str], &[&str]); 7] = [
     (&["aya", "aya_log", "aya_obj"], &["capture"]),
     (
         &["rustls", "tokio_rustls", "rustls_pki_types", "webpki", "x509_parser", "rcgen"],
@@ -16,8 +16,13 @@ const ROOMS: [(&[&str], &[&str]); 6] = [
     ),
     (&["h2", "hyper", "hyper_util"], &["hbone", "admin", "cli", "control"]),
     (&["clap", "comfy_table"], &["cli"]),
-    (&["prost", "prost_types", "tonic", "tonic_prost", "culvert_proto"], &["xds", "ca", "control"]),
+    (
+        &["prost", "prost_types", "tonic", "tonic_prost", "culvert_proto"],
+        &["xds", "ca", "control", "zds"],
+    ),
+    (&["tokio_seqpacket"], &["zds"]),
     (&["serde_yaml_ng"], &["file", "config"]),
+    (&["hickory_proto", "hickory_resolver"], &["dns"]),
 ];
 
 /// The two ways of a connection, which never know of each other.

@@ -74,13 +74,17 @@ fn any_spec() -> impl Strategy<Value = PodSpec> {
     let cidr = (any::<u32>(), 0u8..=32)
         .prop_map(|(ip, length)| IpNet::new(IpAddr::from(ip.to_be_bytes()), length).unwrap());
     let ports = || vec(0u16..8, 0..4);
-    (vec(address, 0..4), ports(), vec(cidr, 0..4), ports(), any::<bool>()).prop_map(
-        |(addresses, outbound_ports, outbound_cidrs, inbound_ports, capture_dns)| PodSpec {
-            addresses,
-            exclude_outbound_ports: outbound_ports,
-            exclude_outbound_cidrs: outbound_cidrs,
-            exclude_inbound_ports: inbound_ports,
-            capture_dns,
+    let flags = (any::<bool>(), any::<bool>());
+    (vec(address, 0..4), ports(), vec(cidr, 0..4), ports(), flags).prop_map(
+        |(addresses, outbound_ports, outbound_cidrs, inbound_ports, (capture_dns, beside_cni))| {
+            PodSpec {
+                addresses,
+                exclude_outbound_ports: outbound_ports,
+                exclude_outbound_cidrs: outbound_cidrs,
+                exclude_inbound_ports: inbound_ports,
+                capture_dns,
+                beside_cni,
+            }
         },
     )
 }

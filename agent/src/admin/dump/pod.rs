@@ -77,7 +77,7 @@ struct ConnectionDump {
 
 impl PodDump {
     pub(super) fn of(pod: &Pod, connections: &Connections) -> Self {
-        let live = connections.of(&pod.workload);
+        let live = connections.of(&pod.uid);
         let of = |direction: Direction| {
             let entries = live.iter().filter(|entry| entry.live().direction == direction);
             let mut dumps: Vec<_> = entries.map(|entry| ConnectionDump::of(entry)).collect();

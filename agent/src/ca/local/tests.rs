@@ -49,6 +49,13 @@ fn id(account: &str) -> Identity {
     Identity::new("td1", "a", account)
 }
 
+impl LocalIdentities {
+    fn step(&mut self, changes: &[Change]) -> IdentityChanges {
+        changes.iter().for_each(|change| self.note(change));
+        self.due()
+    }
+}
+
 fn due(prefetch: &[&str], forget: &[&str]) -> IdentityChanges {
     let ids = |names: &[&str]| names.iter().map(|name| id(name)).collect();
     IdentityChanges { prefetch: ids(prefetch), forget: ids(forget) }
@@ -57,11 +64,11 @@ fn due(prefetch: &[&str], forget: &[&str]) -> IdentityChanges {
 #[test]
 fn identity_is_fetched_with_its_first_workload_and_forgotten_with_its_last() {
     let mut local = LocalIdentities::new("n1".into());
-    assert_eq!(local.follow(&[add("1", "x", "n1"), add("2", "x", "n1")]), due(&["x"], &[]));
-    assert_eq!(local.follow(&[add("3", "x", "n1")]), due(&[], &[]));
-    assert_eq!(local.follow(&[remove("1"), remove("3")]), due(&[], &[]));
-    assert_eq!(local.follow(&[remove("2")]), due(&[], &["x"]));
-    assert_eq!(local.follow(&[remove("2"), remove("never")]), due(&[], &[]));
+    assert_eq!(local.step(&[add("1", "x", "n1"), add("2", "x", "n1")]), due(&["x"], &[]));
+    assert_eq!(local.step(&[add("3", "x", "n1")]), due(&[], &[]));
+    assert_eq!(local.step(&[remove("1"), remove("3")]), due(&[], &[]));
+    assert_eq!(local.step(&[remove("2")]), due(&[], &["x"]));
+    assert_eq!(local.step(&[remove("2"), remove("never")]), due(&[], &[]));
 }
 
 #[test]
@@ -76,26 +83,26 @@ fn only_mesh_workloads_of_this_node_count() {
         add("o", "other", "n2"),
         add("e", "e", ""),
     ];
-    assert_eq!(local.follow(&changes), due(&["native"], &[]));
+    assert_eq!(local.step(&changes), due(&["native"], &[]));
 }
 
 #[test]
 fn change_of_account_node_or_protocol_moves_the_identity() {
     let mut local = LocalIdentities::new("n1".into());
-    local.follow(&[add("1", "x", "n1")]);
-    assert_eq!(local.follow(&[add("1", "y", "n1")]), due(&["y"], &["x"]));
-    assert_eq!(local.follow(&[add("1", "y", "n2")]), due(&[], &["y"]));
-    assert_eq!(local.follow(&[add("1", "y", "n1")]), due(&["y"], &[]));
+    local.step(&[add("1", "x", "n1")]);
+    assert_eq!(local.step(&[add("1", "y", "n1")]), due(&["y"], &["x"]));
+    assert_eq!(local.step(&[add("1", "y", "n2")]), due(&[], &["y"]));
+    assert_eq!(local.step(&[add("1", "y", "n1")]), due(&["y"], &[]));
     let plain = Workload { tunnel_protocol: TunnelProtocol::None, ..workload("1", "y", "n1") };
-    assert_eq!(local.follow(&[Change::Workload(plain)]), due(&[], &["y"]));
+    assert_eq!(local.step(&[Change::Workload(plain)]), due(&[], &["y"]));
 }
 
 #[test]
 fn pod_replaced_within_one_step_keeps_its_certificate() {
     let mut local = LocalIdentities::new("n1".into());
-    local.follow(&[add("1", "x", "n1")]);
-    assert_eq!(local.follow(&[remove("1"), add("2", "x", "n1")]), due(&[], &[]));
-    assert_eq!(local.follow(&[remove("2"), add("2", "z", "n1"), remove("2")]), due(&[], &["x"]));
+    local.step(&[add("1", "x", "n1")]);
+    assert_eq!(local.step(&[remove("1"), add("2", "x", "n1")]), due(&[], &[]));
+    assert_eq!(local.step(&[remove("2"), add("2", "z", "n1"), remove("2")]), due(&[], &["x"]));
 }
 
 #[test]
@@ -107,11 +114,11 @@ fn changes_of_other_nodes_cost_nothing_that_grows() {
             add(&format!("uid-{number}"), &format!("sa-{}", number % 5000), node)
         })
         .collect();
-    assert_eq!(local.follow(&mesh).prefetch.len(), 5);
+    assert_eq!(local.step(&mesh).prefetch.len(), 5);
     assert_eq!((local.by_uid.len(), local.workloads.len()), (100, 5));
     let began = Instant::now();
     for change in &mesh[..1000] {
-        local.follow(std::slice::from_ref(change));
+        local.step(std::slice::from_ref(change));
     }
     // A second's worth of changes; a scan of the mesh for each would take a hundred times as long.
     assert!(began.elapsed().as_millis() < 500, "{:?}", began.elapsed());
@@ -142,7 +149,7 @@ proptest! {
                     false => pods.remove(&uid),
                 };
             }
-            let due = local.follow(&changes);
+            let due = local.step(&changes);
             for identity in due.forget {
                 prop_assert!(known.remove(&identity));
             }

@@ -33,7 +33,7 @@ proptest! {
     }
 
     #[test]
-    fn pod_read_back_is_the_pod_written(v4 in 1u32.., v6 in 1u128 << 64.., flags in 0u8..128) {
+    fn pod_read_back_is_the_pod_written(v4 in 1u32.., v6 in 1u128 << 64.., flags in any::<u8>()) {
         let is = |bit: u8| flags & bit != 0;
         let entry = PodEntry {
             ipv4: is(1).then(|| v4.into()),
@@ -43,6 +43,7 @@ proptest! {
             excludes_cidrs: is(16),
             leaving: is(32),
             captures_dns: is(64),
+            beside_cni: is(128),
         };
         prop_assert_eq!(pod_entry(pod_value(entry)), entry);
     }

@@ -7,38 +7,37 @@
 //! tracking takes part.
 
 use std::future::Future;
-use std::io::{self, Write};
-use std::net::{Ipv4Addr, Ipv6Addr};
-use std::os::fd::AsFd;
-use std::path::Path;
+use std::io;
+use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::thread;
 
-use culvert_abi::{APPLICATION_MARK, APPLICATION_MARK_MASK, LOCAL_TABLE};
+use culvert_abi::{APPLICATION_MARK_MASK, LOCAL_TABLE};
+use futures_util::TryStreamExt;
 use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressScope};
 use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use rtnetlink::{Handle, RouteMessageBuilder};
 
+use super::super::sys;
 use super::{Netns, lacks_ipv6};
-use crate::capture::sys;
 
-/// Before the main table's rule, 32766.
-const RULE_PRIORITY: u32 = 32764;
-/// Below `/proc`. `tcp_fwmark_accept` counts for both families. These files follow the namespace of the thread
-/// that opens them.
-const SETTINGS: [&str; 3] = [
-    "sys/net/ipv4/tcp_fwmark_accept",
-    "sys/net/ipv4/fwmark_reflect",
-    "sys/net/ipv6/fwmark_reflect",
-];
+/// Before the main table's rule, 32766, and istio-cni's, 32764.
+const RULE_PRIORITY: u32 = 32763;
+/// `tcp_fwmark_accept` counts for both families. These files below `/proc/sys` follow the namespace
+/// of the thread that opens them.
+const SETTINGS: [&str; 3] =
+    ["net/ipv4/tcp_fwmark_accept", "net/ipv4/fwmark_reflect", "net/ipv6/fwmark_reflect"];
 /// The interface index of `lo`, in every network namespace.
 const LOOPBACK: u32 = 1;
 
 pub fn add(netns: &Netns) -> io::Result<()> {
+    let mark = netns.marks().application;
     in_namespace(netns, async |handle| {
         set("1")?;
-        present(add_family(&handle, AddressFamily::Inet).await)?;
-        match present(add_family(&handle, AddressFamily::Inet6).await) {
+        present(add_family(&handle, AddressFamily::Inet, mark).await)?;
+        match present(add_family(&handle, AddressFamily::Inet6, mark).await) {
             Err(error) if lacks_ipv6(&error) => Ok(()),
             result => result,
         }
@@ -46,11 +45,12 @@ pub fn add(netns: &Netns) -> io::Result<()> {
 }
 
 pub fn remove(netns: &Netns) -> io::Result<()> {
+    let mark = netns.marks().application;
     in_namespace(netns, async |handle| {
         let mut found = false;
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             // In the reverse order of adding, so that the rule never points to an empty table.
-            match handle.rule().del(rule(family)).execute().await.map_err(into_io) {
+            match handle.rule().del(rule(family, mark)).execute().await.map_err(into_io) {
                 Ok(()) => found = true,
                 Err(error) if is_absent(&error) => {}
                 Err(error) => return Err(error),
@@ -67,16 +67,7 @@ pub fn remove(netns: &Netns) -> io::Result<()> {
 
 fn set(value: &str) -> io::Result<()> {
     for setting in SETTINGS {
-        let written = match std::fs::write(Path::new("/proc").join(setting), value) {
-            // As in a container that is not privileged.
-            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
-                let proc = sys::process_fs()?;
-                sys::open_to_write(proc.as_fd(), Path::new(setting))
-                    .and_then(|mut file| file.write_all(value.as_bytes()))
-            }
-            written => written,
-        };
-        match written {
+        match write(setting, value) {
             // Without IPv6 its settings are absent.
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             Ok(()) | Err(_) => {}
@@ -85,21 +76,57 @@ fn set(value: &str) -> io::Result<()> {
     Ok(())
 }
 
-async fn add_family(handle: &Handle, family: AddressFamily) -> io::Result<()> {
+fn write(setting: &str, value: &str) -> io::Result<()> {
+    match std::fs::write(format!("/proc/sys/{setting}"), value) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            sys::open_setting(setting)?.write_all(value.as_bytes())
+        }
+        result => result,
+    }
+}
+
+/// The addresses of the namespace's interfaces but `lo`, those of one interface after those of
+/// another. Addresses that are valid on one link only are left out.
+pub fn addresses(netns: &Netns) -> io::Result<Vec<IpAddr>> {
+    in_namespace(netns, async |handle| {
+        let mut found = Vec::new();
+        let mut messages = handle.address().get().execute();
+        while let Some(message) = messages.try_next().await.map_err(into_io)? {
+            let is_wide = message.header.scope == AddressScope::Universe;
+            if message.header.index == LOOPBACK || !is_wide {
+                continue;
+            }
+            // On a link between two points only this one is the own address.
+            let local = message.attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Local(ip) => Some(*ip),
+                _ => None,
+            });
+            let address = message.attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Address(ip) => Some(*ip),
+                _ => None,
+            });
+            found.extend(local.or(address));
+        }
+        Ok(found)
+    })
+}
+
+async fn add_family(handle: &Handle, family: AddressFamily, mark: u32) -> io::Result<()> {
     present(handle.route().add(route(family)).execute().await.map_err(into_io))?;
     let mut request = handle.rule().add();
-    *request.message_mut() = rule(family);
+    *request.message_mut() = rule(family, mark);
     request.execute().await.map_err(into_io)
 }
 
-fn rule(family: AddressFamily) -> RuleMessage {
+fn rule(family: AddressFamily, mark: u32) -> RuleMessage {
     let mut rule = RuleMessage::default();
     rule.header.family = family;
     rule.header.action = RuleAction::ToTable;
-    rule.header.table = LOCAL_TABLE as u8;
+    // Too large a number for the header.
     rule.attributes = vec![
+        RuleAttribute::Table(LOCAL_TABLE),
         RuleAttribute::Priority(RULE_PRIORITY),
-        RuleAttribute::FwMark(APPLICATION_MARK),
+        RuleAttribute::FwMark(mark),
         RuleAttribute::FwMask(APPLICATION_MARK_MASK),
     ];
     rule
@@ -126,10 +153,10 @@ fn route(family: AddressFamily) -> RouteMessage {
 
 /// A thread of its own enters the namespace: the netlink library is asynchronous, and neither may
 /// the caller's thread wait for it inside, nor is the caller always within a runtime.
-fn in_namespace<F: Future<Output = io::Result<()>>>(
+fn in_namespace<T: Send, F: Future<Output = io::Result<T>>>(
     netns: &Netns,
     work: impl FnOnce(Handle) -> F + Send,
-) -> io::Result<()> {
+) -> io::Result<T> {
     let work = || {
         netns.run(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;

@@ -388,7 +388,7 @@ fn every_field_of_a_policy_arrives() {
         namespaces: text(MatchType::Exact("a".to_owned())),
         not_namespaces: text(MatchType::Prefix("b".to_owned())),
         principals: text(MatchType::Suffix("c".to_owned())),
-        not_principals: text(MatchType::Presence(Default::default())),
+        not_principals: text(MatchType::Presence(())),
         source_ips: range(1),
         not_source_ips: range(2),
         destination_ips: range(3),

@@ -127,11 +127,25 @@ impl Running {
         self.lab.wire(self.node(one), self.node(other))
     }
 
-    fn write_config(&self) -> Result<()> {
-        let addresses = (0..self.mesh.services.len())
+    /// Writes the mesh as one agent alone is to see it, and gives the file.
+    pub fn view(&self, name: &str, change: impl FnOnce(&mut Mesh)) -> Result<PathBuf> {
+        let mut mesh = self.mesh.clone();
+        change(&mut mesh);
+        let file = self.lab.state().join(format!("mesh-{name}.yaml"));
+        fs::write(&file, self.print(&mesh))
+            .with_context(|| format!("writing {}", file.display()))?;
+        Ok(file)
+    }
+
+    fn print(&self, mesh: &Mesh) -> String {
+        let addresses = (0..mesh.services.len())
             .map(|index| virtual_addresses(index).map(|address| address.to_string()))
             .collect();
-        let text = yaml::print(&self.mesh, &Facts { pods: &self.pods, ca: &self.ca(), addresses });
+        yaml::print(mesh, &Facts { pods: &self.pods, ca: &self.ca(), addresses })
+    }
+
+    fn write_config(&self) -> Result<()> {
+        let text = self.print(&self.mesh);
         let new = self.lab.state().join("mesh.yaml.new");
         fs::write(&new, text).with_context(|| format!("writing {}", new.display()))?;
         fs::rename(&new, self.config()).context("putting the new configuration in place")

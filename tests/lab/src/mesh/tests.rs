@@ -24,7 +24,7 @@ fn the_file_follows_the_description() {
     let text = std::fs::read_to_string(mesh.config()).unwrap();
     for line in [
         "  - uid: \"lab//Pod/web/client\"",
-        "      \"shop/api.shop.svc.cluster.local\": {80: 8080}",
+        "    services: {\"shop/api.shop.svc.cluster.local\": {80: 8080}}",
         "    vips: [\"/10.96.0.10\", \"/fd00:10:96::a\"]",
         "    rules: [[[{principals: [!Exact \"cluster.local/ns/web/sa/client\"], destinationPorts: [8080]}]]]",
         "    - workload: \"lab//Pod/shop/server\"",

@@ -20,12 +20,15 @@ pub(super) fn print(mesh: &Mesh, facts: &Facts<'_>) -> String {
     for spec in mesh.pods.iter().filter(|spec| spec.known) {
         let running = facts.pods.iter().find(|pod| pod.name() == spec.name);
         if let Some(pod) = running {
-            workload(&mut out, mesh, spec, pod);
+            out.item(workload(mesh, spec, pod), &spec.fields);
         }
+    }
+    for workload in &mesh.workloads {
+        out.line(2, &format!("- {workload}"));
     }
     out.line(0, "services:");
     for (service, addresses) in mesh.services.iter().zip(&facts.addresses) {
-        write_service(&mut out, service, addresses);
+        out.item(write_service(mesh, service, addresses), &service.fields);
     }
     out.line(0, "policies:");
     for policy in &mesh.policies {
@@ -35,53 +38,56 @@ pub(super) fn print(mesh: &Mesh, facts: &Facts<'_>) -> String {
     out.0
 }
 
-fn workload(out: &mut Text, mesh: &Mesh, spec: &PodSpec, pod: &Pod) {
-    out.line(2, &format!("- uid: {}", quoted(&spec.uid())));
-    out.pair(4, "name", &quoted(&spec.name));
-    out.pair(4, "namespace", &quoted(&spec.namespace));
-    out.pair(4, "serviceAccount", &quoted(&spec.service_account));
-    out.pair(4, "trustDomain", TRUST_DOMAIN);
-    out.pair(4, "clusterId", "Kubernetes");
-    out.pair(4, "workloadIps", &list(pod.addresses().iter().map(|ip| quoted(&ip.to_string()))));
-    out.pair(4, "protocol", if spec.hbone { "HBONE" } else { "TCP" });
-    out.pair(4, "node", &quoted(&spec.node));
-    out.pair(4, "workloadName", &quoted(&spec.name));
-    out.pair(4, "workloadType", "deployment");
-    out.pair(4, "canonicalName", &quoted(&spec.name));
-    out.pair(4, "canonicalRevision", "v1");
-    waypoint(out, spec.waypoint.as_deref());
+type Fields = Vec<(&'static str, String)>;
+
+fn workload(mesh: &Mesh, spec: &PodSpec, pod: &Pod) -> Fields {
+    let behind: Vec<String> = mesh
+        .services
+        .iter()
+        .filter(|service| service.endpoints.contains(&spec.name))
+        .map(|service| format!("{}: {}", quoted(&service.key()), ports(service)))
+        .collect();
+    let mut fields = vec![
+        ("uid", quoted(&spec.uid())),
+        ("name", quoted(&spec.name)),
+        ("namespace", quoted(&spec.namespace)),
+        ("serviceAccount", quoted(&spec.service_account)),
+        ("trustDomain", TRUST_DOMAIN.to_owned()),
+        ("clusterId", "Kubernetes".to_owned()),
+        ("network", quoted(&mesh.network)),
+        ("workloadIps", list(pod.addresses().iter().map(|ip| quoted(&ip.to_string())))),
+        ("protocol", if spec.hbone { "HBONE" } else { "TCP" }.to_owned()),
+        ("node", quoted(&spec.node)),
+        ("workloadName", quoted(&spec.name)),
+        ("workloadType", "deployment".to_owned()),
+        ("canonicalName", quoted(&spec.name)),
+        ("canonicalRevision", "v1".to_owned()),
+    ];
+    fields.extend(spec.waypoint.as_deref().map(waypoint));
     if !spec.policies.is_empty() {
-        out.pair(4, "authorizationPolicies", &list(spec.policies.iter().map(|key| quoted(key))));
+        let policies = list(spec.policies.iter().map(|key| quoted(key)));
+        fields.push(("authorizationPolicies", policies));
     }
-    let behind: Vec<&ServiceSpec> =
-        mesh.services.iter().filter(|service| service.endpoints.contains(&spec.name)).collect();
-    if behind.is_empty() {
-        out.line(4, "services: {}");
-        return;
-    }
-    out.line(4, "services:");
-    for service in behind {
-        out.pair(6, &quoted(&service.key()), &ports(service));
-    }
+    fields.push(("services", format!("{{{}}}", behind.join(", "))));
+    fields
 }
 
-fn write_service(out: &mut Text, service: &ServiceSpec, addresses: &[String; 2]) {
-    out.line(2, &format!("- name: {}", quoted(&service.name)));
-    out.pair(4, "namespace", &quoted(&service.namespace));
-    out.pair(4, "hostname", &quoted(&service.hostname()));
-    out.pair(4, "vips", &list(addresses.iter().map(|ip| quoted(&format!("/{ip}")))));
-    out.pair(4, "ports", &ports(service));
-    waypoint(out, service.waypoint.as_deref());
-    if let Some(load_balancer) = &service.load_balancer {
-        out.pair(4, "loadBalancer", load_balancer);
-    }
+fn write_service(mesh: &Mesh, service: &ServiceSpec, addresses: &[String; 2]) -> Fields {
+    let vips = addresses.iter().map(|ip| quoted(&format!("{}/{ip}", mesh.network)));
+    let mut fields = vec![
+        ("name", quoted(&service.name)),
+        ("namespace", quoted(&service.namespace)),
+        ("hostname", quoted(&service.hostname())),
+        ("vips", list(vips)),
+        ("ports", ports(service)),
+    ];
+    fields.extend(service.waypoint.as_deref().map(waypoint));
+    fields.extend(service.load_balancer.clone().map(|balancer| ("loadBalancer", balancer)));
+    fields
 }
 
-fn waypoint(out: &mut Text, destination: Option<&str>) {
-    if let Some(destination) = destination {
-        let reference = format!("{{destination: {}, hboneMtlsPort: 15008}}", quoted(destination));
-        out.pair(4, "waypoint", &reference);
-    }
+fn waypoint(destination: &str) -> (&'static str, String) {
+    ("waypoint", format!("{{destination: {}, hboneMtlsPort: 15008}}", quoted(destination)))
 }
 
 fn ports(service: &ServiceSpec) -> String {
@@ -113,11 +119,14 @@ fn culvert(out: &mut Text, mesh: &Mesh, facts: &Facts<'_>) {
     let ttl = mesh.certificate_ttl.as_secs();
     let directory = quoted(&facts.ca.to_string_lossy());
     out.pair(2, "ca", &format!("{{directory: {directory}, ttl: {ttl}s}}"));
+    if !mesh.network.is_empty() {
+        out.pair(2, "network", &quoted(&mesh.network));
+    }
     out.pair(2, "requireWaypoint", &mesh.require_waypoint);
     let enrolled: Vec<(&PodSpec, &Pod)> = mesh
         .pods
         .iter()
-        .filter(|spec| spec.enrolled && spec.known)
+        .filter(|spec| mesh.enrols && spec.enrolled && spec.known)
         .filter_map(|spec| Some((spec, facts.pods.iter().find(|pod| pod.name() == spec.name)?)))
         .collect();
     out.line(2, if enrolled.is_empty() { "pods: []" } else { "pods:" });
@@ -154,6 +163,23 @@ impl Text {
     fn line(&mut self, indent: usize, text: &str) {
         // Writing to a string cannot fail.
         let _ = writeln!(self.0, "{:indent$}{text}", "");
+    }
+
+    /// An element of a list, with fields added or replaced.
+    fn item(&mut self, fields: Fields, changed: &[(String, String)]) {
+        let own = fields.iter().map(|(name, value)| (*name, value.as_str()));
+        let is_kept = |name: &str| !changed.iter().any(|(other, _)| other == name);
+        let changed = changed.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        let all = own.filter(|(name, _)| is_kept(name)).chain(changed);
+        for (place, (name, value)) in all.enumerate() {
+            self.line(
+                if place == 0 { 2 } else { 4 },
+                &match place {
+                    0 => format!("- {name}: {value}"),
+                    _ => format!("{name}: {value}"),
+                },
+            );
+        }
     }
 
     fn pair(&mut self, indent: usize, key: &str, value: &str) {

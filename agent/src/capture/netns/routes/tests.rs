@@ -21,7 +21,7 @@ fn make_settings_read_only() {
 fn written() -> Vec<String> {
     SETTINGS
         .iter()
-        .filter_map(|setting| std::fs::read_to_string(Path::new("/proc").join(setting)).ok())
+        .filter_map(|setting| std::fs::read_to_string(format!("/proc/sys/{setting}")).ok())
         .map(|value| value.trim().to_owned())
         .collect()
 }
@@ -34,7 +34,7 @@ fn settings_are_written_also_where_they_are_read_only() {
     }
     thread::spawn(|| {
         make_settings_read_only();
-        let refused = std::fs::write(Path::new("/proc").join(SETTINGS[0]), "1").unwrap_err();
+        let refused = std::fs::write(format!("/proc/sys/{}", SETTINGS[0]), "1").unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::ReadOnlyFilesystem);
         set("1").unwrap();
         assert!(written().iter().all(|value| value == "1"), "{:?}", written());

@@ -1,0 +1,268 @@
+//! `cargo xtask bench scale`: a large mesh from a control plane, and changes while traffic flows.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use culvert_lab::agent::{Agent, AgentOptions};
+use culvert_lab::lab::Attach;
+use culvert_lab::mesh::{Mesh, Running};
+use culvert_lab::process::Process;
+use culvert_lab::wait;
+
+use super::load::Outcome;
+use super::report::median;
+use crate::binary;
+use crate::setup::{self, Purpose};
+use crate::shell::{self, Steps};
+
+/// Measure how fast and how small the agent takes over a large mesh, and follows its changes
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "CULVERT_PEER_ZTUNNEL names a ztunnel binary to put beside it: how fast it is \
+ready with the same meshes, and its memory."
+)]
+pub struct Arguments {
+    /// Numbers of workloads
+    #[arg(long, value_delimiter = ',', default_value = "0,10000,100000")]
+    workloads: Vec<usize>,
+    /// Rounds of quiet and changes, at the last number of workloads
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Seconds of each
+    #[arg(long, default_value_t = 4.0)]
+    seconds: f64,
+    /// Changed endpoints a second
+    #[arg(long, default_value_t = 1_000)]
+    changes: usize,
+}
+
+/// Long enough for the largest mesh on a loaded machine.
+const READY: Duration = Duration::from_secs(60);
+const PORT: u16 = 7000;
+
+pub fn run(arguments: &Arguments) -> Result<()> {
+    let steps = Steps::new();
+    setup::ensure(&steps, Purpose::Test)?;
+    let agent = binary::release(&steps)?;
+    let build = ["build", "--release", "--package", "culvert-tests", "--bin", "control-plane"];
+    shell::run(shell::cargo().args(build))?;
+    let plane = shell::target().join("release/control-plane");
+    let peer = std::env::var_os("CULVERT_PEER_ZTUNNEL").map(PathBuf::from);
+    let mut lines = Vec::new();
+    for (place, count) in arguments.workloads.iter().enumerate() {
+        steps.heading(&format!("{count} workloads"));
+        if let Some(peer) = &peer {
+            steps.step("ztunnel", || {
+                let found = ready_peer(&plane, peer, *count)?;
+                lines.push(format!("{count:>8} workloads  ztunnel  {found}"));
+                Ok(found.to_string())
+            })?;
+        }
+        let mut field = None;
+        steps.step("Culvert", || {
+            let (made, found) = Field::start(&plane, &agent, *count)?;
+            lines.push(format!("{count:>8} workloads  Culvert  {found}"));
+            field = Some(made);
+            Ok(found.to_string())
+        })?;
+        let mut field = field.context("no mesh")?;
+        if place + 1 < arguments.workloads.len() || *count == 0 {
+            continue;
+        }
+        let title = format!("{} changed endpoints a second, beside traffic", arguments.changes);
+        steps.step(&title, || {
+            let told = field.alternate(arguments)?;
+            lines.push(told.clone());
+            Ok(told)
+        })?;
+    }
+    println!("\n{}", lines.join("\n"));
+    println!("{}", shell::dim(&format!("{:.0} s", steps.elapsed().as_secs_f64())));
+    Ok(())
+}
+
+/// From the start of the process to its readiness, with its memory then and at most until then.
+struct Ready {
+    seconds: f64,
+    resident: f64,
+    peak: f64,
+}
+
+impl std::fmt::Display for Ready {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { seconds, resident, peak } = self;
+        write!(f, "ready in {seconds:.2} s, {resident:.0} MB, at most {peak:.0} MB")
+    }
+}
+
+impl Ready {
+    fn of(pid: u32, started: Instant) -> Result<Self> {
+        let seconds = started.elapsed().as_secs_f64();
+        let mut last = 0.0;
+        wait::until("the memory to settle", READY, || {
+            let now = memory(pid, "VmRSS:").unwrap_or_default();
+            let settled = (now - last).abs() < 0.1;
+            last = now;
+            settled
+        })?;
+        Ok(Self { seconds, resident: last, peak: memory(pid, "VmHWM:")? })
+    }
+}
+
+/// In megabytes.
+fn memory(pid: u32, field: &str) -> Result<f64> {
+    let path = format!("/proc/{pid}/status");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field));
+    let kilobytes = line.and_then(|line| line.trim().split(' ').next()?.parse::<f64>().ok());
+    Ok(kilobytes.with_context(|| format!("no {field} in {path}"))? * 1024.0 / 1e6)
+}
+
+/// The control plane's process.
+struct Plane {
+    child: Child,
+    input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
+    /// What points an agent to it.
+    environment: Vec<(String, String)>,
+}
+
+impl Plane {
+    fn start(mut command: Command, root: &Path, count: usize) -> Result<Self> {
+        command.arg(root).arg(count.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().context("starting the control plane")?;
+        let input = child.stdin.take();
+        let mut output = BufReader::new(child.stdout.take().context("no output")?);
+        let mut address = String::new();
+        output.read_line(&mut address)?;
+        let root = root.to_str().context("the lab's folder is not text")?;
+        let environment = [
+            ("XDS_ADDRESS", address.trim()),
+            ("XDS_ROOT_CA", root),
+            ("AUTH_TOKEN", "a-token"),
+            ("ISTIO_META_DNS_CAPTURE", "false"),
+        ];
+        let environment =
+            environment.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+        Ok(Self { child, input, output, environment })
+    }
+
+    fn order(&mut self, line: &str) -> Result<()> {
+        writeln!(self.input.as_mut().context("no input")?, "{line}")?;
+        Ok(())
+    }
+
+    fn answer(&mut self) -> Result<String> {
+        let mut line = String::new();
+        if self.output.read_line(&mut line)? == 0 {
+            bail!("the control plane has ended");
+        }
+        Ok(line.trim().to_owned())
+    }
+}
+
+impl Drop for Plane {
+    fn drop(&mut self) {
+        drop(self.input.take());
+        // A failure leaves the process to the lab's end.
+        let _ = self.child.wait();
+    }
+}
+
+/// Two nodes; the agent of the first knows the large mesh.
+struct Field {
+    _agents: [Agent; 2],
+    _server: Process,
+    plane: Plane,
+    mesh: Running,
+}
+
+impl Field {
+    fn start(plane: &Path, binary: &Path, count: usize) -> Result<(Self, Ready)> {
+        let mesh = Mesh::new()
+            .attach(Attach::Node)
+            .node("a")
+            .pod("client", "bench", "client")
+            .node("b")
+            .pod("far", "bench", "server")
+            .start()?;
+        let own = std::env::current_exe().context("finding this program")?;
+        let mut command = mesh.pod("far").place().command(&own)?;
+        command.args(["bench-server", "--port", &PORT.to_string()]);
+        let server = mesh.pod("far").place().start("server", &mut command)?;
+        let far = mesh.agent("b", binary)?;
+        let root = mesh.lab().state().join("control-plane.pem");
+        let plane = Plane::start(mesh.node("a").place().command(plane)?, &root, count)?;
+        let mut options = AgentOptions::new(binary, &mesh.config());
+        options.environment = plane.environment.clone();
+        let started = Instant::now();
+        let agent = mesh.agent_with("a", &options)?;
+        let ready = Ready::of(agent.pid(), started)?;
+        let field = Self { _agents: [agent, far], _server: server, plane, mesh };
+        wait::until_some("the server to answer", wait::SOON, || field.load(0.05))?;
+        Ok((field, ready))
+    }
+
+    fn load(&self, seconds: f64) -> Result<Outcome> {
+        let to = SocketAddr::new(self.mesh.pod("far").v4().into(), PORT).to_string();
+        let own = std::env::current_exe().context("finding this program")?;
+        let mut command = self.mesh.pod("client").place().command(own)?;
+        command.args(["bench-load", "--to", &to, "--kind", "requests", "--connections", "8"]);
+        let output = command.args(["--seconds", &seconds.to_string()]).output()?;
+        if !output.status.success() {
+            bail!("the load: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        serde_json::from_slice(&output.stdout).context("reading what the load printed")
+    }
+
+    /// Quiet and changing in turn: the ratios of the latencies.
+    fn alternate(&mut self, arguments: &Arguments) -> Result<String> {
+        let (mut medians, mut tails, mut lags) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..arguments.rounds.max(1) {
+            let quiet = self.load(arguments.seconds)?;
+            self.plane.order(&format!("churn {} {}", arguments.changes, arguments.seconds))?;
+            let changing = self.load(arguments.seconds)?;
+            let answer = self.plane.answer()?;
+            let lag = answer.split(' ').nth(1).and_then(|lag| lag.parse::<f64>().ok());
+            lags.push(lag.with_context(|| format!("the control plane said {answer:?}"))?);
+            medians.push(changing.p50 / quiet.p50);
+            tails.push(changing.p99 / quiet.p99);
+        }
+        Ok(format!(
+            "p50 {:.2} and p99 {:.2} times those of quiet, last change taken over after {:.0} ms",
+            median(medians.into_iter()),
+            median(tails.into_iter()),
+            median(lags.into_iter()) * 1e3,
+        ))
+    }
+}
+
+/// The peer without pods, in a namespace of its own.
+fn ready_peer(plane: &Path, binary: &Path, count: usize) -> Result<Ready> {
+    let mesh = Mesh::new().node("a").start()?;
+    let place = mesh.node("a").place();
+    let root = mesh.lab().state().join("control-plane.pem");
+    let plane = Plane::start(place.command(plane)?, &root, count)?;
+    let mut command = place.command(binary)?;
+    command.envs(plane.environment.iter().map(|(name, value)| (name, value)));
+    let address = plane.environment.iter().find(|(name, _)| name == "XDS_ADDRESS");
+    command.envs(address.map(|(_, address)| ("CA_ADDRESS", address)));
+    command.env("CA_ROOT_CA", &root);
+    // On its own, without istio-cni. The certificate authority is not asked for anything.
+    command.env("NODE_NAME", "a").env("RUST_LOG", "warn").env("PROXY_MODE", "dedicated");
+    command.env("PROXY_WORKLOAD_INFO", "ns-0/app-0/app-0");
+    let started = Instant::now();
+    let process = place.start("ztunnel", &mut command)?;
+    let at = SocketAddr::from(([127, 0, 0, 1], 15021));
+    wait::until_some("ztunnel to be ready", READY, || {
+        let limit = Duration::from_secs(5);
+        let answer = place.run(|| culvert_lab::http::get(at, "/healthz/ready", limit))?;
+        if answer.status == 200 { Ok(()) } else { Err(anyhow::anyhow!("{}", answer.body.trim())) }
+    })
+    .with_context(|| process.log_tail(10))?;
+    Ready::of(process.pid(), started)
+}

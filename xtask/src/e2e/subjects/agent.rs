@@ -1,0 +1,209 @@
+//! The agent itself restarted, killed and upgraded under load.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::disturb::Loads;
+use crate::e2e::agents::{Agent, Kind};
+use crate::e2e::manifest::{self, peer_authentication};
+use crate::e2e::scenario::{Scenario, Verdict};
+use crate::e2e::talk::Call;
+use crate::e2e::town::cases::{Case, Want};
+use crate::e2e::town::{PATHS, Town};
+
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "agent/restarted",
+        covers: "each node's agent ended and started again: paths that do not touch it lose nothing, the others recover, and nothing goes in clear",
+        run: restarted,
+    },
+    Scenario { name: "agent/killed", covers: "the same, ended by SIGKILL", run: killed },
+    Scenario {
+        name: "agent/upgraded",
+        covers: "every agent replaced by its DaemonSet's rolling update, and back",
+        run: upgraded,
+    },
+];
+
+/// How long a node's new connections may fail while its agent is replaced.
+const GAP_MS: u64 = 30_000;
+
+/// Disturbs the agents of these nodes under load, with STRICT all around, so that nothing that was
+/// answered can have come in clear.
+fn under_load(
+    town: &Town,
+    nodes: &[usize],
+    disturb: impl FnOnce() -> Result<()>,
+) -> Result<Vec<String>> {
+    let strict = peer_authentication(&town.mesh(), "strict", Value::Null, "STRICT", json!({}));
+    town.with(&[strict], || {
+        let stranger = town.pod(&town.plain(), "client", 0);
+        let refused = [0, 1].map(|server| {
+            Case::new(&stranger, Call::http(town.server(server).at(8080)), Want::Refusal)
+        });
+        town.settle(&refused)?;
+        let loads = Loads::start(town)?;
+        disturb()?;
+        let mut answered = Vec::new();
+        for (client, server) in PATHS {
+            answered.push(Case::new(
+                &town.client(client),
+                Call::http(town.server(server).at(8080)),
+                Want::Answer,
+            ));
+        }
+        town.settle(&answered)?;
+        town.settle(&refused)?;
+        loads.further(20)?;
+        let mut told = Vec::new();
+        for ((client, server), report) in loads.stop()? {
+            let path = format!("{} to {}", town.client(client).name, town.server(server).name);
+            let touched = [client, server].iter().any(|end| nodes.contains(end));
+            ensure!(
+                touched || report.lost() == 0,
+                "{path}, far from it: {report}: {}",
+                report.first_losses()
+            );
+            let gap = report.calls.longest_gap_ms;
+            ensure!(
+                gap <= GAP_MS,
+                "{path}: no call was answered for {gap} ms: {}",
+                report.first_losses()
+            );
+            if report.lost() > 0 {
+                told.push(format!("{path}: {report}"));
+            }
+        }
+        Ok(told)
+    })
+}
+
+/// What came of it for the agents of one kind: losses are told, and of ztunnel they are known.
+fn verdict(town: &Town, told: Vec<String>) -> Result<Verdict> {
+    let peer = town.kind(0)? == Kind::Ztunnel || town.kind(1)? == Kind::Ztunnel;
+    match (told.is_empty(), peer) {
+        (true, _) => Verdict::passed("nothing lost"),
+        (false, true) => Ok(Verdict::Known(told.join("; "))),
+        (false, false) => Verdict::passed(told.join("; ")),
+    }
+}
+
+/// Both nodes' indexes, or the only one.
+fn nodes(town: &Town) -> Vec<usize> {
+    if town.nodes[0] == town.nodes[1] { vec![0] } else { vec![0, 1] }
+}
+
+fn each(town: &Town, disturb: impl Fn(usize, &Agent) -> Result<()>) -> Result<Verdict> {
+    let mut told = Vec::new();
+    for index in nodes(town) {
+        let before = town.agent(index)?;
+        let touched = if town.nodes[0] == town.nodes[1] { vec![0, 1] } else { vec![index] };
+        told.extend(under_load(town, &touched, || {
+            disturb(index, &before)?;
+            let now = town.until("a new agent that is ready", || {
+                let now = town.agent(index)?;
+                let new = now.pod != before.pod || now.restarts > before.restarts;
+                ensure!(
+                    new && now.ready,
+                    "{} is {}",
+                    now.pod,
+                    if now.ready { "the old one" } else { "not ready" }
+                );
+                Ok(now)
+            })?;
+            gone(town, &before, &now)
+        })?);
+    }
+    verdict(town, told)
+}
+
+/// Waits until the agent before has ended: until then what it carried goes on.
+fn gone(town: &Town, before: &Agent, now: &Agent) -> Result<()> {
+    if before.pod == now.pod {
+        return Ok(());
+    }
+    let (pod, namespace) = (format!("pod/{}", before.pod), town.agents.namespace.as_str());
+    town.kubectl.run(&["wait", "--for=delete", &pod, "-n", namespace, "--timeout=180s"]).map(drop)
+}
+
+fn restarted(town: &Town) -> Result<Verdict> {
+    each(town, |_, agent| {
+        town.kubectl
+            .run(&["delete", "pod", &agent.pod, "-n", &town.agents.namespace, "--wait=false"])
+            .map(drop)
+    })
+}
+
+fn killed(town: &Town) -> Result<Verdict> {
+    let plain = town.plain();
+    let killers: Vec<String> = nodes(town).iter().map(|_| town.unique("killer")).collect();
+    let mut objects = Vec::new();
+    for (index, name) in killers.iter().enumerate() {
+        let mut pod = manifest::pod(&town.spec(&plain, name, index, json!({})));
+        pod["spec"]["hostPID"] = true.into();
+        pod["spec"]["containers"][0]["securityContext"] =
+            json!({ "privileged": true, "runAsUser": 0 });
+        objects.extend([manifest::account(&plain, name), pod]);
+    }
+    let mut verdict = Verdict::passed("");
+    town.with(&objects, || {
+        town.wait_ready(&plain)?;
+        verdict = each(town, |index, agent| {
+            let killer = killers.get(index).context("no pod to kill from")?;
+            let name = match agent.kind {
+                Kind::Culvert => "culvert",
+                Kind::Ztunnel => "ztunnel",
+            };
+            town.kubectl.exec(&plain, killer, &["culvert-app", "kill", name, "9"]).map(drop)
+        });
+        Ok(())
+    })?;
+    verdict
+}
+
+fn upgraded(town: &Town) -> Result<Verdict> {
+    let namespace = town.agents.namespace.clone();
+    let mut sets: Vec<(String, String)> = Vec::new();
+    for agent in town.agents.all()? {
+        let set = (format!("daemonset/{}", agent.set), agent.container);
+        if !sets.contains(&set) {
+            sets.push(set);
+        }
+    }
+    let told = under_load(town, &[0, 1], || {
+        for (set, container) in &sets {
+            let now = town.kubectl.json(&["get", set, "-n", &namespace])?;
+            let containers =
+                now["spec"]["template"]["spec"]["containers"].as_array().into_iter().flatten();
+            let mut images = containers.filter(|other| other["name"] == container.as_str());
+            let image =
+                images.next().and_then(|found| found["image"].as_str()).context("no image")?;
+            let roll = |image: &str| -> Result<()> {
+                let image = format!("{container}={image}");
+                town.kubectl.run(&["set", "image", set, "-n", &namespace, &image])?;
+                town.kubectl
+                    .run(&["rollout", "status", set, "-n", &namespace, "--timeout=300s"])
+                    .map(drop)
+            };
+            let same = |_: &str| -> Result<()> {
+                town.kubectl.run(&["rollout", "restart", set, "-n", &namespace])?;
+                town.kubectl
+                    .run(&["rollout", "status", set, "-n", &namespace, "--timeout=300s"])
+                    .map(drop)
+            };
+            match &town.options.upgrade {
+                Some(new) => {
+                    let back = format!("{container}={image}");
+                    let step = town.undo.remember(&["set", "image", set, "-n", &namespace, &back]);
+                    let done = roll(new);
+                    town.undo.forget(step);
+                    let back = roll(image);
+                    done.and(back)?;
+                }
+                None => same(image)?,
+            }
+        }
+        Ok(())
+    })?;
+    verdict(town, told)
+}
