@@ -20,10 +20,10 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_seqpacket::UnixSeqpacket;
 
-pub use protocol::{Order, PodInfo};
+pub use packet::Packet;
+pub use protocol::{Conversation, Fault, Order, PodInfo};
 
-use packet::{Packet, PacketError};
-use protocol::{Conversation, Fault};
+use packet::PacketError;
 
 /// The first pause before another attempt to connect; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);

@@ -32,7 +32,7 @@ pub const ALL: &[Parser] = &[
     Parser { name: "authorization", run: control::authorization },
     Parser { name: "discovery", run: control::discovery },
     Parser { name: "certificate_answer", run: control::certificate_answer },
-    Parser { name: "zds_request", run: control::zds_request },
+    Parser { name: "zds_packets", run: control::zds_packets },
     // From the operator.
     Parser { name: "mesh_file", run: operator::mesh_file },
     Parser { name: "settings", run: operator::settings },

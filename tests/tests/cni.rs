@@ -442,7 +442,8 @@ fn faults_of_istio_cni_cut_no_connection(arrangement: Arrangement) {
     let null = Arc::new(std::fs::File::open("/dev/null").unwrap());
     let add = [0x0a, 0x0e, 0x0a, 1, b'u', 0x12, 9, 0x0a, 1, b'n', 0x12, 1, b's', 0x1a, 1, b'a'];
     let long = vec![0xff; 2000];
-    let faults: [(&[u8], &[Arc<std::fs::File>], &str); 9] = [
+    type Fault<'a> = (&'a [u8], &'a [Arc<std::fs::File>], &'a str);
+    let faults: [Fault<'_>; 9] = [
         (&add, &[], "failure to read message : 0 descriptors"),
         (&add, &[netns.clone(), netns.clone()], "failure to read message : 2 descriptors"),
         (&[0x1a, 0], std::slice::from_ref(&netns), "failure to read message : 1 descriptors"),

@@ -1,12 +1,15 @@
 //! Messages of the control plane and of the node's CNI plugin.
 
+use std::collections::HashSet;
 use std::fmt::Debug;
+use std::fs::File;
 use std::net::IpAddr;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use culvert_agent::ca::parse_chain;
 use culvert_agent::tls::{Issued, Trust, WorkloadCertificate};
 use culvert_agent::xds::{Address, Decoder, Rejection};
+use culvert_agent::zds::{Conversation, Order, Packet};
 use culvert_core::authorization::Connection;
 use culvert_core::identity::Identity;
 use culvert_core::snapshot::{Change, Snapshot};
@@ -14,6 +17,7 @@ use culvert_core::workload::NetworkMode;
 use culvert_proto::envoy::service::discovery::v3::DeltaDiscoveryResponse;
 use culvert_proto::istio::v1::auth::IstioCertificateResponse;
 use culvert_proto::istio::workload::zds::WorkloadRequest;
+use culvert_proto::istio::workload::zds::workload_request::Payload;
 use culvert_proto::istio::{security, workload as proto};
 use prost::Message;
 
@@ -79,8 +83,40 @@ pub(super) fn discovery(bytes: &[u8]) {
     }
 }
 
-pub(super) fn zds_request(bytes: &[u8]) {
-    message::<WorkloadRequest>(bytes);
+/// One connection of istio-cni: packets, each after its length and its number of descriptors.
+pub(super) fn zds_packets(bytes: &[u8]) {
+    let mut conversation = Conversation::default();
+    let (mut named, mut removed, mut complete) = (HashSet::new(), HashSet::new(), false);
+    let mut rest = bytes;
+    while let Some((&[length, descriptors], further)) = rest.split_first_chunk() {
+        let (packet, further) = further.split_at(further.len().min(length.into()));
+        rest = further;
+        let request = message::<WorkloadRequest>(packet).and_then(|request| request.payload);
+        let null = || File::open("/dev/null").expect("there is always /dev/null").into();
+        let descriptors = (0..descriptors % 3).map(|_| null()).collect();
+        let heard = conversation.hear(Packet { bytes: packet.to_vec(), descriptors });
+        let Ok(order) = heard else { continue };
+        match (request.expect("what is understood can be read"), order) {
+            (Payload::Add(add), Some(Order::Add { uid, .. })) => {
+                assert_eq!(*uid, *add.uid);
+                named.insert(uid);
+            }
+            (Payload::Keep(keep), None) if !complete => {
+                named.insert(keep.uid.into());
+            }
+            (Payload::Del(del), Some(Order::Del { uid })) if complete => assert_eq!(*uid, *del.uid),
+            (Payload::Del(del), None) if !complete => {
+                removed.insert(del.uid);
+            }
+            (Payload::SnapshotSent(_), Some(Order::Snapshot { uids })) if !complete => {
+                complete = true;
+                assert!(uids.is_subset(&named), "{uids:?} of {named:?}");
+                let lost = |uid: &Arc<str>| !uids.contains(uid) && !removed.contains(&**uid);
+                assert!(!named.iter().any(lost), "{uids:?} of {named:?} without {removed:?}");
+            }
+            (payload, order) => panic!("{payload:?} was taken for {order:?}"),
+        }
+    }
 }
 
 /// Any private key; no certificate that is tried here belongs to it.
