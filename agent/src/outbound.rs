@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use culvert_core::addr::{ClientAddr, OriginalDst};
-use culvert_core::route::{self, Outbound, Route};
+use culvert_core::route::{self, NoRoute, Outbound, Route, Routed};
 use culvert_core::service::Service;
 use culvert_core::workload::Workload;
 use rand::rngs::SmallRng;
@@ -77,12 +77,9 @@ async fn carry(
     // One seed for all rounds of the decision, so that it draws the endpoint that it asked about.
     let seed = rand::rng().random();
     let request = Outbound { source: &source, client: client.ip(), destination: original };
-    let decided = decide_for(node, &source, |view| {
-        route::route(view, &request, &mut SmallRng::seed_from_u64(seed))
-    });
-    let routed = match decided.await {
-        Ok(routed) => routed,
-        Err(error) => return failed(tcp, client.addr(), original.addr(), &error),
+    let (routed, server) = match choose(node, &request, seed).await {
+        Ok(chosen) => chosen,
+        Err(error) => return failed(tcp, client.addr(), original.addr(), &*error),
     };
     tracing::debug!(src = %client, dst = %original, because = %routed.because, "routed");
     let service = routed.service;
@@ -90,8 +87,38 @@ async fn carry(
     match routed.route {
         Route::Passthrough { to } => plain::carry(captured, to, None).await,
         Route::Direct { to, workload } => plain::carry(captured, to, Some(workload)).await,
-        Route::Local { to, workload } => local::carry(captured, to, workload).await,
+        Route::Local { to, workload } => match server {
+            Some(server) => local::carry(captured, to, workload, server).await,
+            None => {
+                failed(captured.tcp, client.addr(), original.addr(), &"the pod comes and goes");
+            }
+        },
         Route::Tunnel { tunnel, next_hop } => tunnel::carry(captured, tunnel, next_hop).await,
+    }
+}
+
+/// How often a route is chosen anew because its pod was withdrawn after it was chosen.
+const CHOICES: usize = 4;
+
+/// The route, and the destination's pod if that is of this node. A pod may be withdrawn between the
+/// two; then another route holds for its workload.
+async fn choose(
+    node: &Node,
+    request: &Outbound<'_>,
+    seed: u64,
+) -> Result<(Routed, Option<Arc<Pod>>), Box<NoRoute>> {
+    let mut choices = 0;
+    loop {
+        choices += 1;
+        let decided = decide_for(node, request.source, |view| {
+            route::route(view, request, &mut SmallRng::seed_from_u64(seed))
+        });
+        let routed = decided.await.map_err(Box::new)?;
+        let Route::Local { workload, .. } = &routed.route else { return Ok((routed, None)) };
+        let server = node.mesh.pod(&workload.uid);
+        if server.is_some() || choices == CHOICES {
+            return Ok((routed, server));
+        }
     }
 }
 

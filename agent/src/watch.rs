@@ -3,7 +3,7 @@
 //! Directories are watched rather than the file, so that renames, symlink swaps (as Kubernetes
 //! does for config maps) and delete-and-create all show. Every directory that holds a link on the
 //! way to the file is among them. What the kernel cannot tell (a network file system, a directory
-//! that was itself replaced) is caught by a look at the file's metadata every [`LOOK_EVERY`].
+//! that was itself replaced) is caught by a look at the file's metadata every few seconds.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -169,8 +169,8 @@ fn pod_with_the_nodes_address_does_not_pass_for_the_node() {
     let mesh = Mesh::new();
     let application = mesh.server.application(8080);
     // The node's address, and the client takes it too. (A router drops such an IPv4 source itself.)
-    ip(&format!("-n {} -6 addr add fd78::1/128 dev lo", mesh.node.name()));
-    ip(&format!("-n {} -6 addr add fd78::1/128 dev lo", mesh.client.name()));
+    ip(&format!("-n {} -6 addr add fd78::1/128 dev lo nodad", mesh.node.name()));
+    ip(&format!("-n {} -6 addr add fd78::1/128 dev lo nodad", mesh.client.name()));
     let socket = mesh
         .client
         .inside(|| Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)).unwrap());

@@ -265,7 +265,7 @@ fn restarted_agent_replaces_programs_behind_the_same_links() {
     let mesh = simple();
     let mut a = mesh.agent("a", &binary()).unwrap();
     let before = (links(a.pin_path()), maps(a.pin_path()));
-    assert_eq!(before.0.len(), 7 + 2, "seven attachments, and one for each pod");
+    assert_eq!(before.0.len(), 11 + 2, "eleven attachments, and one for each pod");
     a.process().kill().unwrap();
     assert_eq!(before, (links(a.pin_path()), maps(a.pin_path())), "all stays without an agent");
 
@@ -327,7 +327,7 @@ fn detach_leaves_no_trace_and_pods_speak_plainly_again() {
         ids.extend(maps(agent.pin_path()).into_iter().map(|map| ("map", map)));
         agent.process().terminate(wait::SOON).unwrap();
         let told = agent.detach().unwrap();
-        assert!(told.contains('7'), "{told}");
+        assert!(told.contains("11"), "{told}");
         assert!(!agent.pin_path().exists());
     }
     wait::until_some("the end of all programs, maps and links", wait::SOON, || {

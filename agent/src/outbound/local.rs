@@ -23,13 +23,18 @@ use crate::relay;
 use crate::session::{self, Both, Ends};
 use crate::telemetry::{ConnectionContext, Failure, OpenConnection, Reporter, ResponseFlag};
 
-pub(super) async fn carry(captured: Captured<'_>, to: AppAddr, destination: Arc<Workload>) {
+pub(super) async fn carry(
+    captured: Captured<'_>,
+    to: AppAddr,
+    destination: Arc<Workload>,
+    pod: Arc<Pod>,
+) {
     let flow = Flow { captured, to, destination };
     let identities = (flow.captured.source.identity(), flow.destination.identity());
     let source = flow.open_source(&identities);
     let guard = flow.register_source(&identities, &source);
-    let (pod, admission) = match flow.admit(&identities).await {
-        Ok(admitted) => admitted,
+    let admission = match flow.admit(&identities).await {
+        Ok(admission) => admission,
         Err(error) => return refuse(flow.captured.tcp, source, error.into()),
     };
     let inbound = flow.open_destination(&identities, &admission);
@@ -85,14 +90,13 @@ impl Flow<'_> {
     async fn admit(
         &self,
         (source, destination): &(Identity, Identity),
-    ) -> Result<(Arc<Pod>, Admission), NotAdmitted> {
+    ) -> Result<Admission, NotAdmitted> {
         let node: &Node = self.captured.node;
         // No wire, and still no traffic without valid certificates: a pod whose identity can no
         // longer be proven elsewhere has none here.
         for identity in [source, destination] {
             node.certificates.fetch(identity).await.map_err(NotAdmitted::Identity)?;
         }
-        let pod = node.mesh.pod(&self.destination.uid).ok_or(NotAdmitted::Gone)?;
         let authority = Authority::Addr(self.to.addr());
         let hostname = self.captured.service.as_ref().map(|service| service.hostname.clone());
         let request = Inbound {
@@ -104,8 +108,7 @@ impl Flow<'_> {
             forwarded_host: hostname.as_deref(),
             header_to: node.options.header_to,
         };
-        let admission = decide(node, |view| admit::admit(view, &request)).await?;
-        Ok((pod, admission))
+        Ok(decide(node, |view| admit::admit(view, &request)).await?)
     }
 
     fn open_source(&self, (identity, destination): &(Identity, Identity)) -> OpenConnection {
@@ -193,15 +196,13 @@ enum NotAdmitted {
     Identity(Arc<CaError>),
     #[error(transparent)]
     Refused(#[from] Refusal),
-    #[error("the destination pod is being withdrawn")]
-    Gone,
 }
 
 impl From<NotAdmitted> for Failure {
     fn from(error: NotAdmitted) -> Failure {
         let flag = match error {
             NotAdmitted::Identity(_) => ResponseFlag::IdentityError,
-            NotAdmitted::Refused(_) | NotAdmitted::Gone => ResponseFlag::Connect,
+            NotAdmitted::Refused(_) => ResponseFlag::Connect,
         };
         Failure::new(flag, error.to_string())
     }

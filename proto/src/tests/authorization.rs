@@ -83,7 +83,7 @@ fn policy_nests_rules_clauses_and_matches() {
         block(2, "n"),
         number(3, 2),
         number(4, 1),
-        block(5, block(1, block(1, block(9, [80])))),
+        block(5, block(1, block(2, block(9, [80])))),
         block(5, []),
         number(6, 1),
         block(7, block(1, "e")),
