@@ -141,6 +141,8 @@ The agent's variables that are known here, as a mapping: no name stands twice, a
 {{- if eq .culvert.redirect "ebpf" -}}
   {{- $_ := set $env "CULVERT_CGROUP" "/host/cgroup" -}}
   {{- $_ := set $env "CULVERT_PIN_PATH" .culvert.pinPath -}}
+  {{- /* Nobody takes new connections while an agent drains: the next one starts when it has ended. */}}
+  {{- if ge (.terminationGracePeriodSeconds | int) 5 }}{{ $_ := set $env "CONNECTION_TERMINATION_DEADLINE" "5s" }}{{ end -}}
 {{- end -}}
 {{- with .culvert.trustDomainAliases }}{{ $_ := set $env "TRUST_DOMAIN_ALIASES" (join "," .) }}{{ end -}}
 {{- if .culvert.xdsCache.enabled -}}
