@@ -30,6 +30,8 @@ pub mod authorize;
 
 pub mod admit;
 
+pub mod verdict;
+
 #[cfg(test)]
 mod fixtures;
 
