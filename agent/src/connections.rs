@@ -67,6 +67,8 @@ pub enum Protocol {
     Hbone,
     Tcp,
     DoubleHbone,
+    /// TCP from application to application, carried by the kernel.
+    Direct,
 }
 
 impl Protocol {
@@ -76,6 +78,7 @@ impl Protocol {
             Protocol::Hbone => "HBONE",
             Protocol::Tcp => "TCP",
             Protocol::DoubleHbone => "DOUBLEHBONE",
+            Protocol::Direct => "DIRECT",
         }
     }
 }
