@@ -42,6 +42,10 @@ use state::State;
 
 /// How many pods of one node the kernel's tables have room for.
 const MAX_PODS: u32 = 1024;
+/// How many verdicts there is room for, over all pods.
+const MAX_VERDICTS: u32 = 65536;
+/// How many direct connections of one pod there is room for.
+const MAX_DIRECT: u32 = 16384;
 /// How often pods are looked after: namespaces that went, and enrolments to be tried again.
 const LOOK_AFTER_PODS: Duration = Duration::from_secs(1);
 
@@ -313,6 +317,8 @@ fn start_capture(config: &Config, first: &MeshFile) -> anyhow::Result<Capture> {
         pin_path: config.pin_path.clone(),
         node: node.cookie(),
         max_pods: MAX_PODS,
+        max_verdicts: MAX_VERDICTS,
+        max_direct: MAX_DIRECT,
         log_level,
     };
     Capture::start(&options).context("cannot start capture")

@@ -7,6 +7,7 @@
 //! and takes up the maps as they are. [`detach`] takes all of it away.
 
 mod detach;
+pub mod direct;
 mod links;
 mod logs;
 mod maps;
@@ -18,6 +19,7 @@ pub(crate) mod sys;
 
 use std::fs::File;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -32,8 +34,9 @@ use culvert_core::addr::OriginalDst;
 use parking_lot::Mutex;
 use tracing::level_filters::LevelFilter;
 
-pub use culvert_core::tables::{NetnsCookie, PodSpec};
+pub use culvert_core::tables::{NetnsCookie, PodSpec, VerdictId};
 pub use detach::{DetachReport, detach};
+pub use direct::Direct;
 pub use logs::{KERNEL_LOG, KernelLogs};
 pub use maps::MapCounts;
 pub use netns::{DnsSockets, ListenOptions, Listeners, Marks, Netns, NetnsError};
@@ -61,6 +64,11 @@ pub struct CaptureOptions {
     pub node: NetnsCookie,
     /// How many pods the maps have room for.
     pub max_pods: u32,
+    /// How many verdicts they have room for, over all pods.
+    pub max_verdicts: u32,
+    /// How many direct connections of one pod they have room for, before further ones go by the
+    /// agent.
+    pub max_direct: u32,
     /// What the kernel programs log; they contain no code for what is not.
     pub log_level: LevelFilter,
 }
@@ -93,6 +101,16 @@ impl<'a> From<&'a Listeners> for PodListeners<'a> {
     }
 }
 
+/// Where a captured connection was going.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Original {
+    pub to: OriginalDst,
+    /// The kernel drew among the endpoints of this verdict, and the draw fell on
+    /// [`Verdict::elsewhere`](culvert_core::tables::Verdict::elsewhere): the agent draws among the
+    /// endpoints that the verdict does not name.
+    pub elsewhere: Option<VerdictId>,
+}
+
 /// What went wrong with the kernel.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
@@ -110,6 +128,10 @@ pub enum CaptureError {
     Map { map: &'static str, error: Box<MapError> },
     #[error("kernel map {map} is full, it has room for {max_pods} pods")]
     Full { map: &'static str, max_pods: u32 },
+    #[error("kernel map {map} is full, it has room for {max_verdicts} verdicts")]
+    VerdictsFull { map: &'static str, max_verdicts: u32 },
+    #[error("direct connection {client} to {server}: {error}")]
+    Destroy { client: SocketAddr, server: SocketAddr, error: io::Error },
     #[error("pod with namespace cookie {cookie}: {error}")]
     Pod { cookie: NetnsCookie, error: io::Error },
 }
@@ -123,6 +145,7 @@ pub struct Capture {
     sockets: SkStorage<MapData, SocketState>,
     sockets_fd: std::os::fd::OwnedFd,
     maps: Mutex<Maps>,
+    direct: Direct,
     logs: Mutex<Option<KernelLogs>>,
     programs: Vec<(String, u32)>,
 }
@@ -170,6 +193,7 @@ impl Capture {
             sockets,
             sockets_fd,
             maps: Mutex::new(maps),
+            direct: Direct {},
             logs: Mutex::new(logs),
             programs,
         };
@@ -184,7 +208,7 @@ impl Capture {
 
     /// Where an accepted connection was going. `None` when it was not captured: someone connected
     /// to the agent's port by hand, or the kernel could not note it; it must be refused.
-    pub fn original_dst(&self, accepted: impl AsFd) -> Result<Option<OriginalDst>, CaptureError> {
+    pub fn original_dst(&self, accepted: impl AsFd) -> Result<Option<Original>, CaptureError> {
         let state = match self.sockets.get(&accepted.as_fd().as_raw_fd(), 0) {
             Ok(state) => state,
             Err(MapError::KeyNotFound) => return Ok(None),
@@ -192,8 +216,13 @@ impl Capture {
         };
         let Ok(port) = u16::try_from(state.port) else { return Ok(None) };
         let is_accepted = state.role == SocketRole::Accepted as u32;
-        Ok(is_accepted
-            .then(|| OriginalDst::new((std::net::IpAddr::from(state.original), port).into())))
+        let to = OriginalDst::new((std::net::IpAddr::from(state.original), port).into());
+        Ok(is_accepted.then_some(Original { to, elsewhere: None }))
+    }
+
+    /// The kernel's admission of direct connections.
+    pub fn direct(&self) -> &Direct {
+        &self.direct
     }
 
     /// Captures a pod. From when this answers on, every new connection of the pod is captured;

@@ -66,7 +66,7 @@ async fn carry(
     tune(&tcp, node.keepalive);
     let own = tcp.local_addr().unwrap_or(peer);
     let original = match node.capture.outbound_dst(&tcp) {
-        Ok(original) => original,
+        Ok(original) => original.to,
         Err(error) => return failed(tcp, peer, own, &error),
     };
     let source = match node.workload_of(pod).await {

@@ -129,7 +129,7 @@ fn programs_are_replaced_while_connections_flow() {
     assert!(!connected.is_empty());
     assert_eq!(connected.len(), accepted.len());
     for stream in &accepted {
-        assert_eq!(capture.original_dst(stream).unwrap().unwrap().addr(), foreign());
+        assert_eq!(capture.original_dst(stream).unwrap().unwrap().to.addr(), foreign());
     }
     assert!(programs_behind_links(&node.options).is_disjoint(&before));
     let events = capture.events().unwrap();
@@ -168,7 +168,7 @@ fn enrolling_and_withdrawing_loses_no_connection() {
         };
         scope.spawn(|| {
             serve_until(&no_more, &listeners.outbound, b"a", |stream| {
-                assert_eq!(capture.original_dst(stream).unwrap().unwrap().addr(), to);
+                assert_eq!(capture.original_dst(stream).unwrap().unwrap().to.addr(), to);
             });
         });
         for _ in 0..10 {

@@ -11,6 +11,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net};
 
+mod verdict;
+
+pub use verdict::{Backend, MAX_BACKENDS, Verdict, VerdictId, VerdictKey};
+
 /// Names a network namespace for as long as the machine is up (`SO_NETNS_COOKIE`, Linux 5.14).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NetnsCookie(pub u64);

@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 use culvert_agent::capture::{
     Capture, CaptureOptions, Listeners, Netns, PodSpec, detach, find_cgroup,
 };
-use culvert_core::addr::OriginalDst;
 use tracing::level_filters::LevelFilter;
 
 /// How long anything may take.
@@ -72,6 +71,8 @@ impl Node {
             pin_path: PathBuf::from("/sys/fs/bpf").join(&name),
             node: netns.cookie(),
             max_pods: 16,
+            max_verdicts: 64,
+            max_direct: 1024,
             log_level: LevelFilter::OFF,
         };
         Node { name, id, pods: AtomicU32::new(0), netns, options }
@@ -221,5 +222,5 @@ pub fn talk(from: &mut TcpStream, to: &mut TcpStream) {
 pub fn accept_captured(capture: &Capture, listeners: &Listeners) -> (TcpStream, SocketAddr) {
     let accepted = accept(&listeners.outbound);
     let original = capture.original_dst(&accepted).unwrap();
-    (accepted, original.map(OriginalDst::addr).expect("an original destination"))
+    (accepted, original.map(|original| original.to.addr()).expect("an original destination"))
 }
