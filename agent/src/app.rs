@@ -13,6 +13,7 @@ use anyhow::Context;
 use culvert_abi::DNS_PORT;
 use culvert_core::admit::HeaderTo;
 use culvert_core::snapshot::Snapshot;
+use culvert_core::view::Coverage;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -24,8 +25,9 @@ use crate::ca::Certificates;
 use crate::capture::{
     Capture, CaptureOptions, KERNEL_LOG, ListenOptions, Marks, Netns, Redirection,
 };
-use crate::config::{Config, DnsSettings, MeshSettings, Redirect};
+use crate::config::{Config, DnsSettings, MeshSettings, Redirect, SameNodePath};
 use crate::connections::Connections;
+use crate::direct::{self, Direct};
 use crate::dns::{Dns, Upstreams};
 use crate::drain::{self, DrainEnd};
 use crate::file::{FileSource, FileUpdate, MeshFile};
@@ -104,8 +106,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let servers = AdminServers::bind(&admin_addrs(&state.config)).await?;
     let telemetry = node.telemetry.clone();
     let sources = Sources { telemetry, readiness, log, state: state.clone() };
-    let serving = tokio::spawn(servers.serve(sources, draining));
+    let serving = tokio::spawn(servers.serve(sources, draining.clone()));
     tokio::spawn(recheck(node.clone()));
+    if let Some(direct) = node.direct.clone() {
+        tokio::spawn(direct.run(node.clone(), synced(&xds), draining));
+    }
 
     follow(&node, &news, enrolment, source, requests, stopped, starting).await?;
     let deadline = state.config.drain_deadline;
@@ -218,7 +223,8 @@ struct Rooms {
 }
 
 fn rooms(config: &Config, settings: &MeshSettings, first: &MeshFile) -> anyhow::Result<Rooms> {
-    let mesh = Arc::new(Mesh::new(Snapshot::default()));
+    let mesh = Mesh::new(Snapshot::default()).tunnelling(config.same_node.tunnelled.clone());
+    let mesh = Arc::new(mesh);
     let capture = match config.redirect {
         Redirect::Ebpf => Redirection::Ebpf(Arc::new(start_capture(config, first)?)),
         Redirect::Cni => Redirection::Cni,
@@ -240,7 +246,9 @@ fn make_node(
 ) -> anyhow::Result<Node> {
     let upstreams = name_servers();
     let own = upstreams.as_ref().map(Upstreams::own).transpose()?;
+    let direct = make_direct(config, settings, &rooms, fetch.is_some());
     Ok(Node {
+        direct,
         name: config.node.clone(),
         network: settings.network.clone(),
         mesh: rooms.mesh,
@@ -262,6 +270,32 @@ fn make_node(
             },
         },
     })
+}
+
+fn make_direct(
+    config: &Config,
+    settings: &MeshSettings,
+    rooms: &Rooms,
+    on_demand: bool,
+) -> Option<Direct> {
+    let same_node = &config.same_node;
+    if same_node.path != SameNodePath::Kernel {
+        return None;
+    }
+    let terms = direct::Terms {
+        network: settings.network.clone(),
+        node: config.node.clone(),
+        coverage: match on_demand {
+            true => Coverage::OnDemand,
+            false => Coverage::Whole,
+        },
+        per_pod: same_node.verdicts_per_pod as usize,
+        admit_time: same_node.admit_time,
+    };
+    let (capture, certificates) = (rooms.capture.clone(), rooms.certificates.clone());
+    let direct = Direct::new(capture, certificates, terms, same_node.irrevocable)?;
+    direct.follow(&rooms.mesh);
+    Some(direct)
 }
 
 /// Read once: what asks them later keeps their answers.

@@ -20,6 +20,7 @@ use crate::ca::Certificates;
 use crate::capture::Redirection;
 use crate::config::Keepalive;
 use crate::connections::Connections;
+use crate::direct::Direct;
 use crate::dns::{Dns, OwnResolver};
 use crate::hbone;
 use crate::pods::{Claim, Pod};
@@ -37,6 +38,8 @@ pub struct Node {
     pub mesh: Arc<Mesh>,
     pub capture: Redirection,
     pub certificates: Arc<Certificates>,
+    /// What the kernel carries by itself; `None` where that is nothing.
+    pub direct: Option<Direct>,
     /// How pods are told names; `None` when they ask their servers themselves.
     pub dns: Option<Dns>,
     /// Looks up names as the agent itself; `None` without name servers.

@@ -17,11 +17,9 @@ use crate::resolve::{self, Destination};
 use crate::route::{self, NoRoute, Outbound, Route, Routed};
 use crate::service::Service;
 use crate::snapshot::{Endpoint, Snapshot};
+use crate::tables::MAX_BACKENDS;
 use crate::view::{Need, Step, View};
 use crate::workload::Workload;
-
-/// How many backends one verdict has room for. Further ones are left to the agent.
-pub const MAX_BACKENDS: usize = 32;
 
 /// From how many endpoints a verdict is made. Of a larger service few endpoints can be of this node,
 /// and all of them would be counted anew whenever one changes.
@@ -60,6 +58,20 @@ impl Backend {
 }
 
 impl Verdict {
+    /// Leaves to the agent what does not hold; says whether a backend remains.
+    pub fn retain(&mut self, mut holds: impl FnMut(&Backend) -> bool) -> bool {
+        let elsewhere = &mut self.elsewhere;
+        self.backends.retain(|backend| {
+            let stays = holds(backend);
+            if !stays {
+                // The sum of all weights fits.
+                *elsewhere = elsewhere.saturating_add(backend.weight);
+            }
+            stays
+        });
+        !self.backends.is_empty()
+    }
+
     /// Whether both lead to the same backends with the same probabilities.
     pub fn is_like(&self, other: &Self) -> bool {
         let pairs = || self.backends.iter().zip(&other.backends);

@@ -41,6 +41,8 @@ pub struct Kernel {
     pub programs: Vec<Program>,
     /// Entries in all flow maps.
     pub flow_entries: u64,
+    /// By how many verdicts it admits connections within the node; `None` where it does not.
+    pub verdicts: Option<u64>,
 }
 
 /// A loaded program, as `bpftool prog` shows it.
@@ -166,6 +168,7 @@ struct PodView<'a> {
     state: String,
     certificate: String,
     connections: Counts,
+    verdicts: usize,
 }
 
 #[derive(Serialize)]
@@ -189,6 +192,7 @@ impl<'a> PodView<'a> {
             state: pod.state.to_string(),
             certificate: pod.certificate.to_string(),
             connections: Counts { inbound, outbound: live.len() - inbound },
+            verdicts: pod.verdicts,
         }
     }
 }

@@ -71,6 +71,11 @@ pub(super) fn text(status: &Status) -> String {
         lines.push(row("", programs.join(", ")));
     }
     lines.push(row("", count(kernel.flow_entries, "flow entry", "flow entries")));
+    let admits = match kernel.verdicts {
+        Some(verdicts) => format!("admits by {}", count(verdicts, "verdict", "verdicts")),
+        None => "admits nothing by itself".to_owned(),
+    };
+    lines.push(row("", admits));
     lines.join("\n")
 }
 

@@ -64,7 +64,8 @@ pub(super) fn same_node(env: &Environment, redirect: Redirect) -> Result<SameNod
         None => Tunnelled::default(),
     };
     tunnelled.everyone = path == SameNodePath::Tunnel;
-    let verdicts = env.parse("CULVERT_SAME_NODE_VERDICTS", |text| number(text, 1, MOST_VERDICTS))?;
+    let verdicts =
+        env.parse("CULVERT_SAME_NODE_VERDICTS", |text| number(text, 1, MOST_VERDICTS))?;
     let admit_time = env.parse("CULVERT_SAME_NODE_ADMIT_TIME", |text| match duration(text)? {
         time if (LEAST_ADMIT_TIME..=MOST_ADMIT_TIME).contains(&time) => Ok(time),
         _ => Err("is not between 1s and 24h".to_owned()),

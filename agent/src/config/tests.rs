@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::{
-    Config, ConfigError, Flags, LogFormat, Redirect, Roots, SameNodePath, StatedMesh, Surroundings, Token,
-    find_cgroup2,
+    Config, ConfigError, Flags, LogFormat, Redirect, Roots, SameNodePath, StatedMesh, Surroundings,
+    Token, find_cgroup2,
 };
 
 mod plane;
