@@ -27,8 +27,8 @@ use std::time::{Duration, Instant};
 use aya::maps::{MapData, MapError, SkStorage};
 use aya::programs::ProgramError;
 use culvert_abi::{
-    Address, CGROUP_PROGRAMS, Counts, Listener, SK_LOOKUP_PROGRAM, SOCKETS_MAP, SocketRole,
-    SocketState,
+    ABI_VERSION, Abi, Address, CGROUP_PROGRAMS, Counts, Listener, SK_LOOKUP_PROGRAM, SOCKETS_MAP,
+    SocketRole, SocketState,
 };
 use culvert_core::addr::OriginalDst;
 use parking_lot::Mutex;
@@ -71,6 +71,18 @@ pub struct CaptureOptions {
     pub max_direct: u32,
     /// What the kernel programs log; they contain no code for what is not.
     pub log_level: LevelFilter,
+}
+
+impl CaptureOptions {
+    /// What the maps are made for.
+    fn abi(&self) -> Abi {
+        Abi {
+            version: ABI_VERSION,
+            max_pods: self.max_pods,
+            max_verdicts: self.max_verdicts,
+            max_direct: self.max_direct,
+        }
+    }
 }
 
 /// The mount of cgroup version 2, be it alone or beside version 1.
@@ -158,7 +170,7 @@ impl Capture {
         object::check_features()?;
         let pins = Pins::open(&options.pin_path)?;
         let adopted = pins.pods()?;
-        let fresh_maps = pins.discard_foreign_maps(options.max_pods)?;
+        let fresh_maps = pins.discard_foreign_maps(options.abi())?;
         let loader = Loader::new(options, &pins)?;
         let mut object = loader.load(None)?;
         let sockets =
@@ -166,7 +178,8 @@ impl Capture {
                 |map| SkStorage::try_from(map).map_err(|error| maps::failed(SOCKETS_MAP, error)),
             )?;
         let sockets_fd = pins.open_map(SOCKETS_MAP)?;
-        let mut maps = Maps::take(&mut object, options.max_pods)?;
+        let mut maps = Maps::take(&mut object, options)?;
+        let direct = Direct::take(&mut object, options, &pins)?;
         if fresh_maps {
             // Nothing is known of these pods but that they are to be captured. They have no address
             // and no listener, so they are refused everything until they are enrolled again.
@@ -193,7 +206,7 @@ impl Capture {
             sockets,
             sockets_fd,
             maps: Mutex::new(maps),
-            direct: Direct {},
+            direct,
             logs: Mutex::new(logs),
             programs,
         };
@@ -217,7 +230,8 @@ impl Capture {
         let Ok(port) = u16::try_from(state.port) else { return Ok(None) };
         let is_accepted = state.role == SocketRole::Accepted as u32;
         let to = OriginalDst::new((std::net::IpAddr::from(state.original), port).into());
-        Ok(is_accepted.then_some(Original { to, elsewhere: None }))
+        let elsewhere = (state.verdict != 0).then_some(VerdictId(state.verdict));
+        Ok(is_accepted.then_some(Original { to, elsewhere }))
     }
 
     /// The kernel's admission of direct connections.
@@ -257,6 +271,7 @@ impl Capture {
             return Ok(());
         }
         maps.change(|tables| tables.leave(cookie))?;
+        self.direct.close(cookie)?;
         self.pins.unlink_pod(cookie)?;
         let started = Instant::now();
         loop {
@@ -291,12 +306,8 @@ impl Capture {
     /// Keeps a socket of the agent from being captured. A pod cannot do this to its own sockets: it
     /// takes access to the map, not a mark.
     pub fn exempt(&self, socket: impl AsFd) -> Result<(), CaptureError> {
-        let state = SocketState {
-            role: SocketRole::Exempt as u32,
-            port: 0,
-            original: Address::UNSPECIFIED,
-            own: Address::UNSPECIFIED,
-        };
+        let none = Address::UNSPECIFIED;
+        let state = SocketState::new(SocketRole::Exempt, none, 0, none);
         // SAFETY: the map's keys are descriptors and its values are `SocketState`.
         unsafe { sys::map_update(self.sockets_fd.as_fd(), &socket.as_fd().as_raw_fd(), &state) }
             .map_err(|error| maps::failed(SOCKETS_MAP, MapError::IoError(error)))
@@ -354,6 +365,7 @@ impl Capture {
         }
         let mut object = self.loader.load(Some(cookie))?;
         maps.ensure_flows(&mut object, cookie)?;
+        self.direct.ensure(&mut object, cookie)?;
         let replaced = Programs::new(&mut object).replace_in_netns(SK_LOOKUP_PROGRAM, link.as_fd());
         match replaced {
             Err(CaptureError::Program { error, .. }) if is_severed(&error) => Ok(false),
@@ -375,6 +387,7 @@ impl Capture {
         if !self.pins.has_pod(cookie) {
             let mut object = self.loader.load(Some(cookie))?;
             maps.ensure_flows(&mut object, cookie)?;
+            self.direct.ensure(&mut object, cookie)?;
             // Addresses and exclusions first: the program looks at them from its first packet.
             maps.change(|tables| {
                 tables.enrol(cookie, spec);
@@ -390,7 +403,8 @@ impl Capture {
         self.pins.unlink_pod(cookie)?;
         maps.change(|tables| tables.withdraw(cookie))?;
         maps.remove_listeners(cookie)?;
-        maps.remove_flows(cookie)
+        maps.remove_flows(cookie)?;
+        self.direct.close(cookie)
     }
 }
 

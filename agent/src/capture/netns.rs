@@ -1,6 +1,7 @@
 //! Network namespaces: entering them, listening in them, and their route back for kept addresses.
 
 mod routes;
+pub(super) mod sockets;
 mod tracking;
 
 use std::fs::File;
@@ -18,6 +19,7 @@ use culvert_abi::{
 use culvert_core::tables::NetnsCookie;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
+use super::direct::SocketCookie;
 use super::sys;
 
 /// Wanted room for questions that wait to be read, in bytes.
@@ -236,6 +238,26 @@ impl Netns {
     /// Undoes [`Netns::add_return_route`]. Open connections that kept a client's address break.
     pub fn remove_return_route(&self) -> io::Result<()> {
         routes::remove(self)
+    }
+
+    /// Ends a TCP connection of the namespace by its socket's cookie; `false` when there is none
+    /// (`SOCK_DESTROY`, Linux 4.5).
+    pub fn destroy(
+        &self,
+        local: SocketAddr,
+        remote: SocketAddr,
+        cookie: SocketCookie,
+    ) -> io::Result<bool> {
+        sockets::destroy(self, local, remote, cookie)
+    }
+
+    /// The socket of a TCP connection of the namespace.
+    pub fn find_connection(
+        &self,
+        local: SocketAddr,
+        remote: SocketAddr,
+    ) -> io::Result<Option<SocketCookie>> {
+        sockets::find(self, local, remote)
     }
 
     /// Keeps connections that rules of the pod have translated whole when those rules go (nftables,

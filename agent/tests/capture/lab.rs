@@ -86,6 +86,19 @@ impl Node {
         Capture::start(&self.options).unwrap()
     }
 
+    /// The node's end of a pod's link.
+    pub fn link_of(&self, pod: &Pod) -> String {
+        pod.host.clone()
+    }
+
+    /// Routes to a pod anew, after its link was down.
+    pub fn route_to(&self, pod: &Pod) {
+        let (node, host) = (&self.name, &pod.host);
+        ip(&format!("-n {node} route replace {}/32 dev {host}", pod.v4));
+        ip(&format!("-n {node} -6 addr replace fe80::1/64 dev {host} nodad"));
+        ip(&format!("-n {node} -6 route replace {}/128 dev {host}", pod.v6));
+    }
+
     /// A pod with one address of each family, reachable from the node and from its other pods.
     pub fn pod(&self) -> Pod {
         let number = self.pods.fetch_add(1, Ordering::Relaxed) + 1;
@@ -110,7 +123,7 @@ impl Node {
         ip(&format!("-n {name} route add default via 169.254.1.1 dev eth0"));
         ip(&format!("-n {name} -6 route add default via fe80::1 dev eth0"));
         let netns = Netns::open(format!("/run/netns/{name}")).unwrap();
-        Pod { name, netns, v4: v4.parse().unwrap(), v6: v6.parse().unwrap() }
+        Pod { name, host, netns, v4: v4.parse().unwrap(), v6: v6.parse().unwrap() }
     }
 }
 
@@ -126,6 +139,7 @@ impl Drop for Node {
 
 pub struct Pod {
     name: String,
+    host: String,
     pub netns: Netns,
     pub v4: IpAddr,
     pub v6: IpAddr,
