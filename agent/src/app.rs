@@ -106,10 +106,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let servers = AdminServers::bind(&admin_addrs(&state.config)).await?;
     let telemetry = node.telemetry.clone();
     let sources = Sources { telemetry, readiness, log, state: state.clone() };
-    let serving = tokio::spawn(servers.serve(sources, draining.clone()));
+    let serving = tokio::spawn(servers.serve(sources, draining));
     tokio::spawn(recheck(node.clone()));
     if let Some(direct) = node.direct.clone() {
-        tokio::spawn(direct.run(node.clone(), synced(&xds), draining));
+        tokio::spawn(direct.run(node.clone(), synced(&xds)));
     }
 
     follow(&node, &news, enrolment, source, requests, stopped, starting).await?;

@@ -22,11 +22,11 @@ use futures_util::future::join_all;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
+use tokio_util::sync::CancellationToken;
 
 use crate::ca::Certificates;
 use crate::capture::Redirection;
 use crate::capture::direct::{DirectFlow, SocketCookie};
-use crate::drain::DrainWatch;
 use crate::node::{Mesh, Node};
 use crate::pods::Pod;
 use crate::telemetry::DirectReading;
@@ -59,6 +59,7 @@ struct Inner {
     /// Connections whose verdict was taken back while they were on their way: the agent has accepted
     /// them in the destination's place, and tells of them there.
     handed: Mutex<VecDeque<SocketCookie>>,
+    stopped: CancellationToken,
 }
 
 impl Direct {
@@ -84,6 +85,7 @@ impl Direct {
             offers,
             offered: Mutex::new(Some(offered)),
             handed: Mutex::default(),
+            stopped: CancellationToken::new(),
         })))
     }
 
@@ -96,6 +98,13 @@ impl Direct {
                 inner.verdicts.follow(publication);
             }
         }));
+    }
+
+    /// Leaves verdicts and connections as they are to another agent, which is there already: from now
+    /// on this one neither gives nor takes back, and tells of nothing.
+    pub fn stop(&self) {
+        self.0.verdicts.stop();
+        self.0.stopped.cancel();
     }
 
     /// A connection of `source` was admitted: those that follow may go straight. Costs nothing where
@@ -128,6 +137,11 @@ impl Direct {
             handed.pop_front();
         }
         Some(flow)
+    }
+
+    /// Ready when verdicts of these pods were taken back.
+    async fn taken_back(&self) -> Vec<NetnsCookie> {
+        self.0.verdicts.taken_back().await
     }
 
     fn coverage(&self) -> Coverage {
@@ -178,7 +192,7 @@ impl Direct {
     }
 
     /// Serves for as long as it is polled. `synced` is ready when there is a whole mesh to decide on.
-    pub async fn run(self, node: Arc<Node>, synced: impl Future<Output = ()>, drain: DrainWatch) {
+    pub async fn run(self, node: Arc<Node>, synced: impl Future<Output = ()>) {
         let Some(mut offered) = self.0.offered.lock().take() else { return };
         synced.await;
         self.await_pods(&node).await;
@@ -186,7 +200,7 @@ impl Direct {
         if let Err(error) = verdicts.adopt(&node.mesh) {
             return tracing::error!(%error, "the kernel admits nothing by itself");
         }
-        let following = flows::follow(self.clone(), node.clone(), drain);
+        let following = flows::follow(self.clone(), node.clone());
         tokio::pin!(following);
         let beat = (verdicts.terms().admit_time / 4).min(LONGEST_BEAT);
         let mut beats = interval(beat);
@@ -198,6 +212,7 @@ impl Direct {
                     tracing::error!(%error, "cannot extend the time of admission");
                 },
                 () = &mut following => return,
+                () = self.0.stopped.cancelled() => return,
             }
         }
     }
@@ -216,13 +231,15 @@ impl Direct {
         });
         let pods: HashSet<NetnsCookie> = pods.collect();
         let known = || {
+            // Those whose namespace is gone, or that nobody wants any more, are no longer there.
+            let captured = node.capture.pods();
             let snapshot = node.mesh.snapshot();
             let local = node.mesh.pods();
             let of = |cookie: &NetnsCookie| {
                 let (_, uid) = local.iter().find(|(pod, _)| pod.netns.cookie() == *cookie)?;
                 Some(snapshot.workload(uid.as_deref()?)?.identity())
             };
-            pods.iter().map(of).collect::<Option<Vec<_>>>()
+            pods.iter().filter(|pod| captured.contains(pod)).map(of).collect::<Option<Vec<_>>>()
         };
         let waiting = async {
             let mut looks = interval(ADOPTION_LOOK);

@@ -9,6 +9,7 @@ use culvert_core::admit::{self, Admission, HeaderTo, Inbound};
 use culvert_core::authorization::Connection;
 use culvert_core::resolve::{self, Destination};
 use culvert_core::service::Service;
+use culvert_core::tables::NetnsCookie;
 use culvert_core::view::{Answers, Step, View};
 use culvert_core::workload::Workload;
 use tokio::sync::oneshot;
@@ -18,7 +19,6 @@ use super::{Direct, LocalPod};
 use crate::capture::Netns;
 use crate::capture::direct::{self, DirectFlow, Ended, FlowEvent, SocketCookie, TcpFacts};
 use crate::connections::{CloseReason, Direction, Guard, LiveConnection, Protocol};
-use crate::drain::DrainWatch;
 use crate::node::{Node, denial};
 use crate::session;
 use crate::telemetry::{
@@ -31,11 +31,11 @@ const END_LIMIT: Duration = Duration::from_secs(5);
 const COMPARE: Duration = Duration::from_secs(10);
 
 /// Follows all direct connections for as long as it is polled.
-pub(super) async fn follow(direct: Direct, node: Arc<Node>, drain: DrainWatch) {
+pub(super) async fn follow(direct: Direct, node: Arc<Node>) {
     let Some(mut events) = node.capture.direct().and_then(|kernel| kernel.events()) else {
         return std::future::pending().await;
     };
-    let mut flows = Flows { direct, node, drain, live: HashMap::new() };
+    let mut flows = Flows { direct: direct.clone(), node, live: HashMap::new() };
     let mut compare = interval(COMPARE);
     compare.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -50,6 +50,7 @@ pub(super) async fn follow(direct: Direct, node: Arc<Node>, drain: DrainWatch) {
                     return std::future::pending().await;
                 }
             },
+            sources = direct.taken_back() => flows.look_at(sources),
             _ = compare.tick() => flows.compare(),
         }
     }
@@ -58,15 +59,15 @@ pub(super) async fn follow(direct: Direct, node: Arc<Node>, drain: DrainWatch) {
 struct Flows {
     direct: Direct,
     node: Arc<Node>,
-    drain: DrainWatch,
     live: HashMap<SocketCookie, Live>,
 }
 
 struct Live {
-    /// Where its task hears of its end.
-    ended: oneshot::Sender<TcpFacts>,
-    /// It was in the kernel's list, or is new, when that was last looked at.
-    seen: bool,
+    /// Where its task hears of its end, with what is known of it. Without a word, when nobody follows
+    /// it any more.
+    ended: oneshot::Sender<Option<TcpFacts>>,
+    /// How many times in a row it was missing from the kernel's list.
+    missing: u8,
 }
 
 impl Flows {
@@ -76,18 +77,17 @@ impl Flows {
         }
         let Some(told) = self.told(&flow) else { return };
         let (ended, end) = oneshot::channel();
-        self.live.insert(flow.socket, Live { ended, seen: true });
-        let (node, drain) = (self.node.clone(), self.drain.clone());
+        self.live.insert(flow.socket, Live { ended, missing: 0 });
         // Registered before it is judged, and both before the next event.
-        let open = Open::new(node, flow, told);
+        let open = Open::new(self.node.clone(), flow, told);
         open.judge();
-        tokio::spawn(open.carry(end, drain));
+        tokio::spawn(open.watch(end));
     }
 
     fn close(&mut self, flow: DirectFlow, facts: TcpFacts) {
         if let Some(live) = self.live.remove(&flow.socket) {
             // Whoever waited may have given up.
-            let _ = live.ended.send(facts);
+            let _ = live.ended.send(Some(facts));
             return;
         }
         // It was over before it was heard of, or never was.
@@ -103,34 +103,44 @@ impl Flows {
         open.end(Some(facts), outcome);
     }
 
-    /// What the kernel lists and nobody has told of, and the other way around.
-    fn compare(&mut self) {
-        for live in self.live.values_mut() {
-            live.seen = false;
-        }
+    /// Tells of what is live, though its opening was not heard of yet: new connections of pods whose
+    /// verdicts were taken back must be judged now.
+    fn look_at(&mut self, sources: impl IntoIterator<Item = NetnsCookie>) {
         let Some(kernel) = self.node.capture.direct() else { return };
         let mut new = Vec::new();
-        for source in kernel.sources() {
+        for source in sources {
             let flows = match kernel.flows(source) {
                 Ok(flows) => flows,
                 Err(error) => {
                     tracing::warn!(%source, %error, "cannot list a pod's direct connections");
-                    return;
+                    continue;
                 }
             };
             for flow in flows {
                 match self.live.get_mut(&flow.socket) {
-                    Some(live) => live.seen = true,
+                    Some(live) => live.missing = 0,
                     None if flow.established_at.is_some() => new.push(flow),
                     None => {}
                 }
             }
         }
-        for flow in new {
-            self.open(flow);
+        new.into_iter().for_each(|flow| self.open(flow));
+    }
+
+    /// Compares what is told of with what the kernel lists, in case an event was lost.
+    fn compare(&mut self) {
+        for live in self.live.values_mut() {
+            live.missing = live.missing.saturating_add(1);
         }
-        // Its task learns that nothing more will be told.
-        self.live.retain(|_, live| live.seen && !live.ended.is_closed());
+        let Some(kernel) = self.node.capture.direct() else { return };
+        let sources = kernel.sources();
+        self.look_at(sources);
+        // Of what has ended just now the event is on its way.
+        let is_lost = |_: &SocketCookie, live: &mut Live| live.missing >= 2;
+        for (_, live) in self.live.extract_if(is_lost) {
+            let _ = live.ended.send(None);
+        }
+        self.live.retain(|_, live| !live.ended.is_closed());
     }
 
     /// Who is at both ends.
@@ -212,22 +222,28 @@ struct Told {
 struct Open {
     node: Arc<Node>,
     flow: DirectFlow,
+    ends: Option<Ends>,
+    workload: Arc<Workload>,
+}
+
+struct Ends {
     source: (OpenConnection, Guard),
     /// `None` when the destination's corridor tells of it.
     destination: Option<(OpenConnection, Guard)>,
-    workload: Arc<Workload>,
 }
 
 impl Open {
     fn new(node: Arc<Node>, flow: DirectFlow, told: Told) -> Self {
         let source = told.open(&node, &flow, Reporter::Source);
         let destination = (!told.handed).then(|| told.open(&node, &flow, Reporter::Destination));
-        Self { node, flow, source, destination, workload: told.destination.1 }
+        let ends = Some(Ends { source, destination });
+        Self { node, flow, ends, workload: told.destination.1 }
     }
 
     /// Judges it by the policies of now, which also tells of policies in dry run.
     fn judge(&self) {
-        let Some((_, guard)) = &self.destination else { return };
+        let destination = self.ends.as_ref().and_then(|ends| ends.destination.as_ref());
+        let Some((_, guard)) = destination else { return };
         let entry = guard.entry();
         let Some(connection) = &entry.live().connection else { return };
         match self.node.authorize(&self.workload, connection) {
@@ -240,10 +256,11 @@ impl Open {
         }
     }
 
-    async fn carry(self, mut end: oneshot::Receiver<TcpFacts>, mut drain: DrainWatch) {
+    async fn watch(self, mut end: oneshot::Receiver<Option<TcpFacts>>) {
         let reason = tokio::select! {
-            facts = &mut end => {
-                let facts = facts.ok();
+            told = &mut end => {
+                // Without a word it goes on, and another agent will tell of its end.
+                let Ok(facts) = told else { return };
                 let outcome = match facts.map(|facts| facts.ended) {
                     Some(Ended::Refused) => Err(refused()),
                     Some(Ended::Finished | Ended::Aborted) | None => Ok(()),
@@ -251,25 +268,21 @@ impl Open {
                 return self.end(facts, outcome);
             }
             reason = self.closed() => reason,
-            // It goes on without the agent, and another one will tell of its end.
-            _ = drain.begun() => return self.hand_on(),
         };
-        drop(drain);
         self.destroy().await;
-        let facts = timeout(END_LIMIT, &mut end).await.ok().and_then(Result::ok);
+        let facts = timeout(END_LIMIT, &mut end).await.ok().and_then(Result::ok).flatten();
         self.end(facts, Err(reason.into()));
     }
 
     async fn closed(&self) -> CloseReason {
-        let arriving = async {
-            match &self.destination {
-                Some((_, guard)) => guard.closed().await,
-                None => std::future::pending().await,
-            }
+        let closed = async |end: Option<&(OpenConnection, Guard)>| match end {
+            Some((_, guard)) => guard.closed().await,
+            None => std::future::pending().await,
         };
+        let ends = self.ends.as_ref();
         tokio::select! {
-            reason = self.source.1.closed() => reason,
-            reason = arriving => reason,
+            reason = closed(ends.map(|ends| &ends.source)) => reason,
+            reason = closed(ends.and_then(|ends| ends.destination.as_ref())) => reason,
         }
     }
 
@@ -293,38 +306,42 @@ impl Open {
         }
     }
 
-    fn end(self, facts: Option<TcpFacts>, outcome: Result<(), Failure>) {
-        let began = self.flow.established_at.unwrap_or(self.flow.connected_at);
-        let told_at = facts.map_or_else(direct::since_boot, |facts| facts.at);
-        let lasted = told_at.saturating_sub(began);
-        if let (Some(facts), (open, _)) = (facts, &self.source) {
-            let established = self.flow.established_at;
-            let facts = TransportFacts {
-                connect: established.map(|at| at.saturating_sub(self.flow.connected_at)),
-                round_trip: facts.srtt,
-                retransmits: facts.retransmits,
-            };
-            self.node.telemetry.transport(open.context(), &facts);
-        }
+    fn end(mut self, facts: Option<TcpFacts>, outcome: Result<(), Failure>) {
+        let Some(Ends { source, destination }) = self.ends.take() else { return };
+        let flow = &self.flow;
+        let began = flow.established_at.unwrap_or(flow.connected_at);
+        let lasted = facts.map_or_else(direct::since_boot, |facts| facts.at).saturating_sub(began);
         let count = |open: &OpenConnection| {
             if let Some(facts) = facts {
                 open.counters().add_received(facts.sent);
                 open.counters().add_sent(facts.received);
             }
         };
-        let (source, _registered) = self.source;
-        count(&source);
-        source.close_after(lasted, outcome.clone().map_err(session::as_source));
-        if let Some((destination, _registered)) = self.destination {
+        if let Some(facts) = facts {
+            let measured = TransportFacts {
+                connect: flow.established_at.map(|at| at.saturating_sub(flow.connected_at)),
+                round_trip: facts.srtt,
+                retransmits: facts.retransmits,
+            };
+            self.node.telemetry.transport(source.0.context(), &measured);
+        }
+        count(&source.0);
+        source.0.close_after(lasted, outcome.clone().map_err(session::as_source));
+        if let Some((destination, _registered)) = destination {
             count(&destination);
             destination.close_after(lasted, outcome);
         }
     }
+}
 
-    fn hand_on(self) {
-        self.source.0.hand_on();
-        if let Some((destination, _)) = self.destination {
-            destination.hand_on();
+/// It goes on when this agent ends or lets go of it.
+impl Drop for Open {
+    fn drop(&mut self) {
+        if let Some(Ends { source, destination }) = self.ends.take() {
+            source.0.hand_on();
+            if let Some((destination, _registered)) = destination {
+                destination.hand_on();
+            }
         }
     }
 }

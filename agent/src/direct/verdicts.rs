@@ -4,7 +4,7 @@
 //! the same lock and decides anew what it touches. So none is in the kernel that what is published
 //! would not give, once whoever published is told so.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,6 +21,7 @@ use culvert_core::workload::Workload;
 use parking_lot::Mutex;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
+use tokio::sync::Notify;
 
 use super::table::{Grant, LocalPod, Room, Table};
 use crate::ca::Certificates;
@@ -63,12 +64,17 @@ pub(super) struct Verdicts {
     state: Mutex<State>,
     /// Verdicts that found no room.
     refused: AtomicU64,
+    /// Whose verdicts were taken back since somebody asked.
+    touched: Mutex<HashSet<NetnsCookie>>,
+    touch: Notify,
 }
 
 struct State {
     table: Table,
     /// Verdicts of an earlier agent have been decided anew: from then on there are new ones.
     ready: bool,
+    /// Another agent gives verdicts and takes them back.
+    stopped: bool,
     /// What the kernel did not let go of. As long as there is any, nothing extends the time for
     /// which verdicts count.
     stuck: Vec<VerdictKey>,
@@ -112,10 +118,30 @@ impl Verdicts {
         let state = State {
             table: Table::new(terms.per_pod, first),
             ready: false,
+            stopped: false,
             stuck: Vec::new(),
             pods: Arc::default(),
         };
-        Self { capture, certificates, terms, state: Mutex::new(state), refused: AtomicU64::new(0) }
+        Self {
+            capture,
+            certificates,
+            terms,
+            state: Mutex::new(state),
+            refused: AtomicU64::new(0),
+            touched: Mutex::default(),
+            touch: Notify::new(),
+        }
+    }
+
+    /// Ready when verdicts of these pods were taken back since the last call.
+    pub async fn taken_back(&self) -> Vec<NetnsCookie> {
+        loop {
+            let touched = std::mem::take(&mut *self.touched.lock());
+            if !touched.is_empty() {
+                return touched.into_iter().collect();
+            }
+            self.touch.notified().await;
+        }
     }
 
     pub fn capture(&self) -> &Redirection {
@@ -164,6 +190,12 @@ impl Verdicts {
         self.decide(&world, key, VerdictId(0)).map(|_| None)
     }
 
+    /// Neither gives verdicts nor takes them back from now on.
+    pub fn stop(&self) {
+        let mut state = self.state.lock();
+        (state.ready, state.stopped) = (false, true);
+    }
+
     /// Gives the kernel a verdict, if there is one to give.
     pub fn grant(&self, mesh: &Mesh, key: VerdictKey) {
         let mut state = self.state.lock();
@@ -195,6 +227,9 @@ impl Verdicts {
     /// Decides anew what a publication touches.
     pub fn follow(&self, publication: &Publication<'_>) {
         let mut state = self.state.lock();
+        if state.stopped {
+            return;
+        }
         let pods = state.pods(publication.pods);
         let Publication { before, now, enrolled, same_pods, .. } = *publication;
         let world = World { snapshot: now, enrolled, pods: &pods };
@@ -286,6 +321,7 @@ impl Verdicts {
         } else {
             let id = state.table.next_id();
             self.write(state, Grant { id, ..again });
+            self.touch(grant.key.source);
         }
     }
 
@@ -311,6 +347,13 @@ impl Verdicts {
             tracing::error!(source = %key.source, to = %key.destination, %error, "verdict stays");
             state.stuck.push(*key);
         }
+        self.touch(key.source);
+    }
+
+    /// What was let in before is live now, or never will be.
+    fn touch(&self, source: NetnsCookie) {
+        self.touched.lock().insert(source);
+        self.touch.notify_one();
     }
 
     fn decide(
