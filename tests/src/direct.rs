@@ -26,11 +26,11 @@ pub fn with(mesh: &Running, settings: &[(&str, &str)]) -> AgentOptions {
     AgentOptions { environment: environment.collect(), ..options }
 }
 
-/// Calls the echo server `to` until the kernel has a verdict on it for `pod`.
+/// Calls `to` until the kernel has a verdict on it for `pod`.
 pub fn warm(mesh: &Running, agent: &Agent, pod: &str, to: (IpAddr, u16)) -> Result<()> {
     let source = format!("{}/{pod}", mesh.spec(pod).namespace);
     wait::until_some(format!("a verdict for {pod} to {to:?}"), wait::SOON, || {
-        call(mesh, pod, to, "warm").map_err(|error| anyhow!("called: {error}"))?;
+        call(mesh, pod, to, "").map_err(|error| anyhow!("called: {error}"))?;
         match verdict(agent, &source, to)? {
             Verdict::Given => Ok(()),
             Verdict::Missing(because) => bail!("{because}"),

@@ -39,11 +39,11 @@ fn both(mesh: &Running, pod: &str) -> [(IpAddr, u16); 2] {
 /// Only what comes with an identity of the mesh is let in.
 fn strict() -> PolicySpec {
     let plaintext = Match::any().with("notPrincipals", "[!Presence []]");
-    PolicySpec::deny("strict", "shop", rule(plaintext))
+    PolicySpec::deny("strict", "shop", vec![rule(plaintext)])
 }
 
 fn no_client() -> PolicySpec {
-    PolicySpec::deny("no-client", "shop", rule(Match::any().service_account("web", "client")))
+    PolicySpec::deny("no-client", "shop", vec![rule(Match::any().service_account("web", "client"))])
 }
 
 /// Processor time that the agent has used.
@@ -338,7 +338,7 @@ fn while_policies_flip_nothing_is_admitted_that_is_denied() {
     let stop = Arc::new(AtomicBool::new(false));
     let hammers: Vec<_> = (0..3).map(|_| hammer(&mesh, "client", to, &stop)).collect();
     // What flips beside it touches nobody's verdict.
-    let unrelated = PolicySpec::deny("unrelated", "web", rule(Match::any().port(1)));
+    let unrelated = PolicySpec::deny("unrelated", "web", vec![rule(Match::any().port(1))]);
     for flip in 0..FLIPS {
         mesh.change(|mesh| {
             mesh.policies.clear();
@@ -403,7 +403,7 @@ fn pod_that_takes_over_an_address_is_not_admitted_by_the_verdict_of_the_old_one(
     let before = opened(&a).unwrap();
     // The same addresses, another namespace and another identity.
     mesh.remove_pod("near").unwrap();
-    wait::until("the stream's end", wait::SOON, || stream.is_finished()).unwrap();
+    wait::until("the stream's end", wait::SOON * 3, || stream.is_finished()).unwrap();
     mesh.add_pod("a", PodSpec::new("heir", "shop", "heir")).unwrap();
     let heir = mesh.pod("heir").place().netns().clone();
     heir.ip(&format!(
@@ -425,7 +425,7 @@ fn pod_with_anothers_address_gets_nowhere() {
     let mesh = one_node().policy(PolicySpec::allow(
         "only-client",
         "shop",
-        rule(Match::any().service_account("web", "client")),
+        vec![rule(Match::any().service_account("web", "client"))],
     ));
     let mesh = mesh.start().unwrap();
     serve(&mesh, "near", PORT, echo).unwrap();

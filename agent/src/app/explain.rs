@@ -212,6 +212,7 @@ impl Story {
             }
             Route::Tunnel { tunnel, next_hop } => {
                 self.tunnel(&tunnel, &next_hop, because);
+                self.tell_share(node, source, original);
                 let Authority::Addr(target) = &tunnel.authority else { return };
                 if next_hop.addresses.contains(&target.ip()) && tunnel.inner.is_none() {
                     self.judge(node, source, client, *target, &tunnel.authority, &next_hop).await;
@@ -239,6 +240,15 @@ impl Story {
             Err(because) => ("through the agent", because.to_string()),
         };
         self.step("carry", result.to_owned(), because);
+    }
+
+    /// The endpoint that is shown is elsewhere; another one may not be.
+    fn tell_share(&mut self, node: &Node, source: &Workload, original: OriginalDst) {
+        let Some(direct) = &node.direct else { return };
+        if let Ok(Some(id)) = direct.explain(&node.mesh, &source.uid, original.addr()) {
+            let result = "by the kernel to endpoints of this node".to_owned();
+            self.step("carry", result, format!("verdict {id}"));
+        }
     }
 
     fn plain(&mut self, path: &str, to: AppAddr, because: String) {

@@ -14,6 +14,7 @@ use culvert_core::view::{Answers, Step, View};
 use culvert_core::workload::Workload;
 use tokio::sync::oneshot;
 use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::{Direct, LocalPod};
 use crate::capture::Netns;
@@ -224,6 +225,8 @@ struct Open {
     flow: DirectFlow,
     ends: Option<Ends>,
     workload: Arc<Workload>,
+    /// Cancelled when the pod at an end is gone.
+    gone: [CancellationToken; 2],
 }
 
 struct Ends {
@@ -237,7 +240,8 @@ impl Open {
         let source = told.open(&node, &flow, Reporter::Source);
         let destination = (!told.handed).then(|| told.open(&node, &flow, Reporter::Destination));
         let ends = Some(Ends { source, destination });
-        Self { node, flow, ends, workload: told.destination.1 }
+        let gone = [flow.source, flow.destination].map(|cookie| ending(&node, cookie));
+        Self { node, flow, ends, workload: told.destination.1, gone }
     }
 
     /// Judges it by the policies of now, which also tells of policies in dry run.
@@ -283,6 +287,8 @@ impl Open {
         tokio::select! {
             reason = closed(ends.map(|ends| &ends.source)) => reason,
             reason = closed(ends.and_then(|ends| ends.destination.as_ref())) => reason,
+            () = self.gone[0].cancelled() => CloseReason::PodGone,
+            () = self.gone[1].cancelled() => CloseReason::PodGone,
         }
     }
 
@@ -384,6 +390,13 @@ impl Told {
         });
         (open, guard)
     }
+}
+
+/// Cancelled when the pod is gone; never, if it is not known any more.
+fn ending(node: &Node, cookie: NetnsCookie) -> CancellationToken {
+    let pods = node.mesh.pods();
+    let found = pods.iter().find(|(pod, _)| pod.netns.cookie() == cookie);
+    found.map(|(pod, _)| pod.ending()).unwrap_or_default()
 }
 
 fn refused() -> Failure {
