@@ -8,10 +8,13 @@ mod lab;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use culvert_agent::capture::direct::{self, DirectFlow, Ended, FlowEvent, FlowEvents};
-use culvert_agent::capture::{Capture, CaptureError, Direct, Listeners, VerdictId};
+use culvert_agent::capture::{
+    Capture, CaptureError, Direct, Listeners, PodSpec, VerdictId, plaintext_dst,
+};
 use culvert_core::tables::{Backend, Verdict, VerdictKey};
 use lab::*;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -121,6 +124,15 @@ impl Mesh {
 
 fn canonical(addr: SocketAddr) -> SocketAddr {
     SocketAddr::new(addr.ip().to_canonical(), addr.port())
+}
+
+/// The same socket as the agent's own code wants it.
+fn tokio_stream(stream: &TcpStream) -> tokio::net::TcpStream {
+    let stream = stream.try_clone().unwrap();
+    stream.set_nonblocking(true).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let _entered = runtime.enter();
+    tokio::net::TcpStream::from_std(stream).unwrap()
 }
 
 fn addr(text: &str) -> SocketAddr {
@@ -513,6 +525,81 @@ fn connections_are_destroyed_from_either_end() {
     }
     // The listeners have come to no harm.
     mesh.expect_direct(mesh.v4());
+}
+
+/// The part of istio-cni's rules that redirects. The probes' address and the marks within the pod
+/// have no part here.
+const CNI_RULES: &str = "
+    table inet istio-ambient-nat {
+      chain prerouting {
+        type nat hook prerouting priority dstnat; policy accept;
+        ip daddr != 127.0.0.1/32 tcp dport != 15008 meta mark & 0xfff != 0x539 redirect to :15006
+        ip6 daddr != ::1/128 tcp dport != 15008 meta mark & 0xfff != 0x539 redirect to :15006
+      }
+      chain output {
+        type nat hook output priority -100; policy accept;
+        oifname lo accept
+        meta l4proto tcp meta mark & 0xfff != 0x539 redirect to :15001
+      }
+    }";
+
+#[test]
+fn rules_of_istio_cni_do_not_hold_up_direct_connections() {
+    let mesh = Mesh::new();
+    for (pod, listeners) in [(&mesh.client, &mesh.outgoing), (&mesh.server, &mesh.incoming)] {
+        run("ip", &["netns", "exec", pod.name(), "nft", CNI_RULES]);
+        let spec = PodSpec { beside_cni: true, ..pod.spec() };
+        let (netns, cookie) = (pod.netns.as_fd(), pod.netns.cookie());
+        mesh.capture.enrol(netns, cookie, &spec, &listeners.into()).unwrap();
+    }
+    mesh.allow_server(1);
+    let vip = addr(VIP);
+    mesh.allow(vip, 2, vec![mesh.backend(mesh.v4(), 1)], 0);
+    // Without leave to pass they are led to the agent, which can tell whose they are.
+    let client = mesh.client.connect(mesh.v4()).unwrap();
+    let agent = accept(&mesh.incoming.plaintext);
+    let to = plaintext_dst(&tokio_stream(&agent)).unwrap();
+    assert_eq!(to, mesh.v4());
+    assert!(mesh.direct().flow(client.local_addr().unwrap(), to).unwrap().is_some());
+    drop((client, agent));
+    mesh.server.netns.let_direct_pass().unwrap();
+    mesh.server.netns.let_direct_pass().unwrap();
+    for to in [mesh.v4(), mesh.v6(), vip] {
+        let (client, server) = mesh.expect_direct(to);
+        assert_eq!(SockRef::from(&server).mark().unwrap(), 0);
+        assert_eq!(SockRef::from(&client).mark().unwrap(), 0x539);
+        assert_eq!(canonical(server.local_addr().unwrap()).port(), PORT);
+    }
+    // What has no verdict is led as before.
+    mesh.direct().remove_verdict(&mesh.key(mesh.v4())).unwrap();
+    mesh.expect_captured(mesh.v4());
+    let stranger = mesh.node.pod();
+    let _client = stranger.connect(mesh.v4()).unwrap();
+    let agent = accept(&mesh.incoming.plaintext);
+    assert_eq!(plaintext_dst(&tokio_stream(&agent)).unwrap(), mesh.v4());
+    mesh.server.netns.stop_direct_passing().unwrap();
+    mesh.server.netns.stop_direct_passing().unwrap();
+    assert!(is_idle(&mesh.application));
+}
+
+#[test]
+fn socket_that_was_direct_is_captured_without_its_mark() {
+    let mesh = Mesh::new();
+    let spec = PodSpec { beside_cni: true, ..mesh.client.spec() };
+    let (netns, cookie) = (mesh.client.netns.as_fd(), mesh.client.netns.cookie());
+    mesh.capture.enrol(netns, cookie, &spec, &(&mesh.outgoing).into()).unwrap();
+    let closed = SocketAddr::new(mesh.server.v4, PORT + 1);
+    mesh.allow(closed, 1, vec![mesh.backend(closed, 1)], 0);
+    mesh.allow_server(2);
+    let socket = mesh.client.inside(|| Socket::new(Domain::IPV4, Type::STREAM, None).unwrap());
+    socket.connect(&closed.into()).unwrap_err();
+    assert_eq!(socket.mark().unwrap(), 0x539);
+    // The same socket once more: straight again, then by the agent.
+    socket.connect(&closed.into()).unwrap_err();
+    assert_eq!(mesh.direct().counts().unwrap().opened, 2);
+    socket.connect(&addr(VIP).into()).unwrap();
+    accept(&mesh.outgoing.outbound);
+    assert_eq!(socket.mark().unwrap(), 0);
 }
 
 #[test]

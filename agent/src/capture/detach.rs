@@ -36,7 +36,10 @@ pub fn detach(pin_path: &Path) -> Result<DetachReport, CaptureError> {
         let Some(inode) = inode else { continue };
         match find_netns(inode, cookie) {
             Some(netns) => {
-                let gone = netns.remove_return_route().and_then(|()| netns.release_translations());
+                let gone = netns
+                    .stop_direct_passing()
+                    .and_then(|()| netns.remove_return_route())
+                    .and_then(|()| netns.release_translations());
                 gone.map_err(|error| CaptureError::Pod { cookie, error })?;
             }
             None => unreachable.push(cookie),
