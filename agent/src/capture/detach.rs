@@ -50,7 +50,7 @@ pub fn detach(pin_path: &Path) -> Result<DetachReport, CaptureError> {
 }
 
 /// Looks where a namespace can be entered: at the processes within, then at mounts.
-fn find_netns(inode: u64, cookie: NetnsCookie) -> Option<Netns> {
+pub fn find_netns(inode: u64, cookie: NetnsCookie) -> Option<Netns> {
     let processes = fs::read_dir("/proc").ok()?.flatten().map(|entry| entry.path().join("ns/net"));
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     // "… MOUNT-ID PARENT DEVICE ROOT MOUNT-POINT …", where the root reads "net:[INODE]".
