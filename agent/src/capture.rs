@@ -396,7 +396,8 @@ impl Capture {
             let pin = self.pins.pod(cookie);
             Programs::new(&mut object).attach_to_netns(SK_LOOKUP_PROGRAM, netns, &pin)?;
         }
-        maps.change(|tables| tables.enrol(cookie, spec))
+        maps.change(|tables| tables.enrol(cookie, spec))?;
+        self.direct.forgive(cookie)
     }
 
     fn forget(&self, maps: &mut Maps, cookie: NetnsCookie) -> Result<(), CaptureError> {

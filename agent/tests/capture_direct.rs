@@ -8,10 +8,15 @@ mod lab;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
+use aya::programs::loaded_programs;
+use culvert_abi::{CGROUP_PROGRAMS, SK_LOOKUP_PROGRAM};
 use culvert_agent::capture::direct::{self, DirectFlow, Ended, FlowEvent, FlowEvents};
-use culvert_agent::capture::{Capture, CaptureError, Direct, Listeners, VerdictId};
+use culvert_agent::capture::{
+    Capture, CaptureError, Direct, Listeners, PodSpec, VerdictId, plaintext_dst,
+};
 use culvert_core::tables::{Backend, Verdict, VerdictKey};
 use lab::*;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -121,6 +126,15 @@ impl Mesh {
 
 fn canonical(addr: SocketAddr) -> SocketAddr {
     SocketAddr::new(addr.ip().to_canonical(), addr.port())
+}
+
+/// The same socket as the agent's own code wants it.
+fn tokio_stream(stream: &TcpStream) -> tokio::net::TcpStream {
+    let stream = stream.try_clone().unwrap();
+    stream.set_nonblocking(true).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let _entered = runtime.enter();
+    tokio::net::TcpStream::from_std(stream).unwrap()
 }
 
 fn addr(text: &str) -> SocketAddr {
@@ -306,7 +320,7 @@ fn special_sockets_go_by_the_agent() {
 fn connection_from_a_foreign_address_does_not_leave() {
     let mesh = Mesh::new();
     mesh.allow_server(1);
-    let name = mesh.client.name();
+    let (name, host) = (mesh.client.name(), mesh.node.link_of(&mesh.client));
     ip(&format!("-n {name} addr add 198.51.100.7/32 dev lo"));
     ip(&format!("-n {name} route replace default via 169.254.1.1 dev eth0 src 198.51.100.7"));
     let socket = mesh.client.inside(|| Socket::new(Domain::IPV4, Type::STREAM, None).unwrap());
@@ -317,6 +331,15 @@ fn connection_from_a_foreign_address_does_not_leave() {
     // From then on the agent carries them.
     let _client = mesh.client.connect(mesh.v4()).unwrap();
     accept(&mesh.outgoing.outbound);
+    // Until it learns of the address.
+    let mut spec = mesh.client.spec();
+    spec.addresses.push("198.51.100.7".parse().unwrap());
+    let (netns, cookie) = (mesh.client.netns.as_fd(), mesh.client.netns.cookie());
+    mesh.capture.enrol(netns, cookie, &spec, &(&mesh.outgoing).into()).unwrap();
+    ip(&format!("-n {} route add 198.51.100.7 dev {}", mesh.node.name(), host));
+    let _client = mesh.client.connect(mesh.v4()).unwrap();
+    let server = accept(&mesh.application);
+    assert_eq!(canonical(server.peer_addr().unwrap()).ip(), addr("198.51.100.7:0").ip());
 }
 
 #[test]
@@ -412,10 +435,58 @@ fn withdrawn_pod_keeps_its_connections_and_gets_no_new_ones() {
     assert!(mesh.direct().verdicts().unwrap().is_empty());
     assert_eq!(mesh.flows().len(), 1);
     talk(&mut client, &mut server);
-    drop((client, server));
+    // Back again: what lived on counts.
+    let again = mesh.client.enrol(&mesh.capture);
+    mesh.allow_server(2);
+    let other = mesh.expect_direct(mesh.v4());
+    assert_eq!(mesh.flows().len(), 2);
+    drop((client, server, other));
+    eventually("the records go", || mesh.flows().is_empty());
+    mesh.expect_direct(mesh.v4());
     eventually("the record goes", || mesh.flows().is_empty());
-    mesh.capture.withdraw(mesh.server.netns.cookie()).unwrap();
+    close(again);
+    for pod in [&mesh.client, &mesh.server] {
+        mesh.capture.withdraw(pod.netns.cookie()).unwrap();
+    }
     assert!(mesh.direct().sources().is_empty());
+}
+
+#[test]
+fn agent_that_cannot_keep_the_tables_ends_their_connections() {
+    let mesh = Mesh::new();
+    mesh.allow_server(1);
+    let (mut client, mut server) = mesh.expect_direct(mesh.v4());
+    let Mesh { capture, mut node, client: _client, server: _server, .. } = mesh;
+    drop(capture);
+    node.options.max_direct += 1;
+    let capture = node.capture();
+    for end in [&mut client, &mut server] {
+        let error = end.read(&mut [0]).unwrap_err();
+        let kinds = [ErrorKind::ConnectionAborted, ErrorKind::ConnectionReset];
+        assert!(kinds.contains(&error.kind()), "{error}");
+    }
+    assert!(capture.direct().verdicts().unwrap().is_empty());
+}
+
+/// Kernels before 5.2 took 4096 instructions; later ones look at a million before they give up, and
+/// that takes seconds.
+#[test]
+fn programs_are_easy_to_verify() {
+    let mesh = Mesh::new();
+    let ids: Vec<u32> = mesh.capture.programs().iter().map(|(_, id)| *id).collect();
+    let mut seen = 0;
+    for program in loaded_programs().flatten() {
+        let name = String::from_utf8_lossy(program.name()).into_owned();
+        if !ids.contains(&program.id()) && name != SK_LOOKUP_PROGRAM {
+            continue;
+        }
+        // Known from Linux 5.16.
+        let Some(verified) = program.verified_instruction_count() else { return };
+        println!("{name}: {verified}");
+        assert!(verified < 100_000, "{name}: {verified}");
+        seen += 1;
+    }
+    assert!(seen > CGROUP_PROGRAMS.len());
 }
 
 #[test]
@@ -513,6 +584,81 @@ fn connections_are_destroyed_from_either_end() {
     }
     // The listeners have come to no harm.
     mesh.expect_direct(mesh.v4());
+}
+
+/// The part of istio-cni's rules that redirects. The probes' address and the marks within the pod
+/// have no part here.
+const CNI_RULES: &str = "
+    table inet istio-ambient-nat {
+      chain prerouting {
+        type nat hook prerouting priority dstnat; policy accept;
+        ip daddr != 127.0.0.1/32 tcp dport != 15008 meta mark & 0xfff != 0x539 redirect to :15006
+        ip6 daddr != ::1/128 tcp dport != 15008 meta mark & 0xfff != 0x539 redirect to :15006
+      }
+      chain output {
+        type nat hook output priority -100; policy accept;
+        oifname lo accept
+        meta l4proto tcp meta mark & 0xfff != 0x539 redirect to :15001
+      }
+    }";
+
+#[test]
+fn rules_of_istio_cni_do_not_hold_up_direct_connections() {
+    let mesh = Mesh::new();
+    for (pod, listeners) in [(&mesh.client, &mesh.outgoing), (&mesh.server, &mesh.incoming)] {
+        run("ip", &["netns", "exec", pod.name(), "nft", CNI_RULES]);
+        let spec = PodSpec { beside_cni: true, ..pod.spec() };
+        let (netns, cookie) = (pod.netns.as_fd(), pod.netns.cookie());
+        mesh.capture.enrol(netns, cookie, &spec, &listeners.into()).unwrap();
+    }
+    mesh.allow_server(1);
+    let vip = addr(VIP);
+    mesh.allow(vip, 2, vec![mesh.backend(mesh.v4(), 1)], 0);
+    // Without leave to pass they are led to the agent, which can tell whose they are.
+    let client = mesh.client.connect(mesh.v4()).unwrap();
+    let agent = accept(&mesh.incoming.plaintext);
+    let to = plaintext_dst(&tokio_stream(&agent)).unwrap();
+    assert_eq!(to, mesh.v4());
+    assert!(mesh.direct().flow(client.local_addr().unwrap(), to).unwrap().is_some());
+    drop((client, agent));
+    mesh.server.netns.let_direct_pass().unwrap();
+    mesh.server.netns.let_direct_pass().unwrap();
+    for to in [mesh.v4(), mesh.v6(), vip] {
+        let (client, server) = mesh.expect_direct(to);
+        assert_eq!(SockRef::from(&server).mark().unwrap(), 0);
+        assert_eq!(SockRef::from(&client).mark().unwrap(), 0x539);
+        assert_eq!(canonical(server.local_addr().unwrap()).port(), PORT);
+    }
+    // What has no verdict is led as before.
+    mesh.direct().remove_verdict(&mesh.key(mesh.v4())).unwrap();
+    mesh.expect_captured(mesh.v4());
+    let stranger = mesh.node.pod();
+    let _client = stranger.connect(mesh.v4()).unwrap();
+    let agent = accept(&mesh.incoming.plaintext);
+    assert_eq!(plaintext_dst(&tokio_stream(&agent)).unwrap(), mesh.v4());
+    mesh.server.netns.stop_direct_passing().unwrap();
+    mesh.server.netns.stop_direct_passing().unwrap();
+    assert!(is_idle(&mesh.application));
+}
+
+#[test]
+fn socket_that_was_direct_is_captured_without_its_mark() {
+    let mesh = Mesh::new();
+    let spec = PodSpec { beside_cni: true, ..mesh.client.spec() };
+    let (netns, cookie) = (mesh.client.netns.as_fd(), mesh.client.netns.cookie());
+    mesh.capture.enrol(netns, cookie, &spec, &(&mesh.outgoing).into()).unwrap();
+    let closed = SocketAddr::new(mesh.server.v4, PORT + 1);
+    mesh.allow(closed, 1, vec![mesh.backend(closed, 1)], 0);
+    mesh.allow_server(2);
+    let socket = mesh.client.inside(|| Socket::new(Domain::IPV4, Type::STREAM, None).unwrap());
+    socket.connect(&closed.into()).unwrap_err();
+    assert_eq!(socket.mark().unwrap(), 0x539);
+    // The same socket once more: straight again, then by the agent.
+    socket.connect(&closed.into()).unwrap_err();
+    assert_eq!(mesh.direct().counts().unwrap().opened, 2);
+    socket.connect(&addr(VIP).into()).unwrap();
+    accept(&mesh.outgoing.outbound);
+    assert_eq!(socket.mark().unwrap(), 0);
 }
 
 #[test]

@@ -13,8 +13,8 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_EXIST, BPF_NOEXIST, BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP,
     BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, BPF_TCP_CLOSE,
-    BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1,
-    BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK, bpf_sock, bpf_sock_ops,
+    BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2,
+    BPF_TCP_LAST_ACK, bpf_sock, bpf_sock_ops,
 };
 use aya_ebpf::helpers::generated::{
     bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_reserve_hdr_opt,
@@ -82,12 +82,14 @@ impl Socket<'_> {
         }
         let Some(live) = LIVE.get_ptr(self.netns) else { return Choice::Agent };
         // SAFETY: the entry stays readable, and each field is read at once.
-        let (connections, foreign) = unsafe { (read!((*live).connections), read!((*live).foreign)) };
+        let (connections, foreign) =
+            unsafe { (read!((*live).connections), read!((*live).foreign)) };
         if foreign != 0 {
             count_direct(|counts| &mut counts.special);
             return Choice::Agent;
         }
-        if connections >= DIRECT_ROOM.load() as u64 {
+        // Signed: where the agent counted anew, it may have missed some.
+        if connections as i64 >= DIRECT_ROOM.load() as i64 {
             count_direct(|counts| &mut counts.full);
             return Choice::Agent;
         }
@@ -182,8 +184,7 @@ impl Socket<'_> {
         if device != 0 || mark != 0 {
             return false;
         }
-        let source =
-            if family == INET { Address::v4(source4) } else { Address::v6(source6) };
+        let source = if family == INET { Address::v4(source4) } else { Address::v6(source6) };
         if !source.is_unspecified() && !is_address_of(self.netns, source) {
             return false;
         }
@@ -272,12 +273,7 @@ pub fn arriving(netns: u64, ends: &Ends) -> Arriving {
 
 /// The SYN of a direct connection is about to be sent: its ends are final.
 #[inline(always)]
-pub fn connecting(
-    ctx: &SockOpsContext,
-    netns: u64,
-    state: &SocketState,
-    ends: &Ends,
-) {
+pub fn connecting(ctx: &SockOpsContext, netns: u64, state: &SocketState, ends: &Ends) {
     if ends.remote != state.backend || ends.remote_port != state.backend_port {
         return;
     }
@@ -356,17 +352,14 @@ pub fn write_option(ctx: &SockOpsContext) {
 #[inline(always)]
 fn is_announced(ops: *mut bpf_sock_ops) -> bool {
     // SAFETY: `ops` is the context.
-    let (flags, sk) =
-        unsafe { (read!((*ops).skb_tcp_flags), (*ops).__bindgen_anon_2.sk) };
+    let (flags, sk) = unsafe { (read!((*ops).skb_tcp_flags), (*ops).__bindgen_anon_2.sk) };
     if flags & TCP_SYN == 0 || sk.is_null() {
         return false;
     }
     // SAFETY: `sk` is the context's, and not null.
     let Some(state) = (unsafe { socket::state(sk.cast::<c_void>()) }) else { return false };
     // SAFETY: returned by `state`.
-    unsafe {
-        socket::is(state, SocketRole::Direct) && (*state).flags & SocketState::ANNOUNCED != 0
-    }
+    unsafe { socket::is(state, SocketRole::Direct) && (*state).flags & SocketState::ANNOUNCED != 0 }
 }
 
 /// The client's socket of a direct connection goes to another state.
@@ -390,8 +383,8 @@ pub fn changed(ctx: &SockOpsContext, netns: u64, ends: &Ends, old: u32, new: u32
             flow.established_at = now;
             // SAFETY: `ctx.ops` is the context.
             unsafe {
-                let flags = read!((*ctx.ops).bpf_sock_ops_cb_flags)
-                    & !BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+                let flags =
+                    read!((*ctx.ops).bpf_sock_ops_cb_flags) & !BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
                 bpf_sock_ops_cb_flags_set(ctx.ops, flags as i32);
             }
             tell(ctx.ops, FlowEvent::OPENED, old, &key, flow, now);
@@ -413,14 +406,7 @@ pub fn changed(ctx: &SockOpsContext, netns: u64, ends: &Ends, old: u32, new: u32
 }
 
 #[inline(always)]
-fn tell(
-    ops: *mut bpf_sock_ops,
-    kind: u32,
-    old: u32,
-    key: &DirectKey,
-    flow: &DirectFlow,
-    now: u64,
-) {
+fn tell(ops: *mut bpf_sock_ops, kind: u32, old: u32, key: &DirectKey, flow: &DirectFlow, now: u64) {
     let Some(mut entry) = EVENTS.reserve(0) else {
         count_direct(|counts| &mut counts.events_lost);
         return;

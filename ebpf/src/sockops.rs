@@ -142,8 +142,7 @@ fn accepted(ctx: &SockOpsContext) {
         count(|counts| &mut counts.missing);
         return;
     };
-    let mut state =
-        SocketState::new(SocketRole::Accepted, flow.original, flow.port, ends.local);
+    let mut state = SocketState::new(SocketRole::Accepted, flow.original, flow.port, ends.local);
     state.verdict = flow.verdict;
     let sk = sock(ctx.ops);
     if sk.is_null() {

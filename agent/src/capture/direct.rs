@@ -3,6 +3,7 @@
 
 mod events;
 mod layout;
+mod orphans;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -24,6 +25,7 @@ use super::{CaptureError, CaptureOptions, Netns, sys};
 
 pub use culvert_abi::direct::DirectCounts;
 pub use events::{Ended, FlowEvent, FlowEvents, TcpFacts};
+pub(super) use orphans::end_all;
 
 /// The cookie of a socket (`SO_COOKIE`), which no other socket ever has while the machine is up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -235,12 +237,27 @@ impl Direct {
         }
         match pods.live.get(&cookie.0, 0) {
             Ok(_) => Ok(()),
-            Err(MapError::KeyNotFound) => {
-                let result = pods.live.insert(cookie.0, Live::default(), 0);
-                result.map_err(|error| self.full_or_failed(LIVE_MAP, error))
-            }
+            Err(MapError::KeyNotFound) => self.count_anew(&mut pods, cookie),
             Err(error) => Err(failed(LIVE_MAP, error)),
         }
+    }
+
+    /// A pod's addresses may have changed: what was learned of them does not count any more.
+    pub(super) fn forgive(&self, cookie: NetnsCookie) -> Result<(), CaptureError> {
+        let mut pods = self.pods.lock();
+        match pods.live.get(&cookie.0, 0) {
+            Ok(live) if live.foreign != 0 => self.count_anew(&mut pods, cookie),
+            Ok(_) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(error) => Err(failed(LIVE_MAP, error)),
+        }
+    }
+
+    /// Connections that come or go meanwhile may be missed; they are few, and the table has a margin.
+    fn count_anew(&self, pods: &mut PodTables, cookie: NetnsCookie) -> Result<(), CaptureError> {
+        let flows = pods.flows.get(&cookie.0, 0).map_err(|error| failed(POD_DIRECT_MAP, error))?;
+        let live = Live { connections: count(&flows)?, ..Live::default() };
+        let result = pods.live.insert(cookie.0, live, 0);
+        result.map_err(|error| self.full_or_failed(LIVE_MAP, error))
     }
 
     /// A pod opens no direct connections any more. Those that it has stay known until they end.
@@ -267,14 +284,7 @@ impl Direct {
                 continue;
             }
             let Ok(flows) = pods.flows.get(&cookie, 0) else { continue };
-            let mut is_empty = true;
-            // SAFETY: the map's keys and values are these types.
-            let read = unsafe {
-                sys::map_entries(flows.fd().as_fd(), |_: &abi::DirectKey, _: &abi::DirectFlow| {
-                    is_empty = false;
-                })
-            };
-            if read.is_ok() && is_empty {
+            if count(&flows)? == 0 {
                 absent_is_fine(pods.flows.remove(&cookie))
                     .map_err(|error| failed(POD_DIRECT_MAP, error))?;
             }
@@ -296,6 +306,17 @@ impl Direct {
             false => failed(map, error),
         }
     }
+}
+
+/// How many connections a pod's table holds.
+fn count(flows: &MapData) -> Result<u64, CaptureError> {
+    let mut number = 0;
+    // SAFETY: the map's keys and values are these types.
+    unsafe {
+        sys::map_entries(flows.fd().as_fd(), |_: &abi::DirectKey, _: &abi::DirectFlow| number += 1)
+    }
+    .map_err(|error| failed(DIRECT_MAP, MapError::IoError(error)))?;
+    Ok(number)
 }
 
 /// Ends a direct connection at both ends, by those of its namespaces that are given: one is enough

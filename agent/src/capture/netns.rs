@@ -1,5 +1,7 @@
 //! Network namespaces: entering them, listening in them, and their route back for kept addresses.
 
+mod nftables;
+mod passing;
 mod routes;
 pub(super) mod sockets;
 mod tracking;
@@ -269,6 +271,17 @@ impl Netns {
     /// Undoes [`Netns::hold_translations`].
     pub fn release_translations(&self) -> io::Result<()> {
         tracking::release(self)
+    }
+
+    /// Lets direct connections arrive that rules of istio-cni would lead to the agent (nftables,
+    /// Linux 5.2; their option in the SYN, Linux 5.10).
+    pub fn let_direct_pass(&self) -> io::Result<()> {
+        passing::let_pass(self)
+    }
+
+    /// Undoes [`Netns::let_direct_pass`].
+    pub fn stop_direct_passing(&self) -> io::Result<()> {
+        passing::stop(self)
     }
 }
 

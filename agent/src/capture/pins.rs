@@ -13,7 +13,7 @@ use culvert_abi::{ABI_MAP, Abi};
 use culvert_core::tables::NetnsCookie;
 
 use super::object::PINNED_MAPS;
-use super::{CaptureError, sys};
+use super::{CaptureError, direct, sys};
 
 /// Where a BPF file system is customarily mounted.
 const BPF_FS: &str = "/sys/fs/bpf";
@@ -116,6 +116,7 @@ impl Pins {
             ),
             None => {}
         }
+        direct::end_all(self);
         for map in PINNED_MAPS {
             remove_file(&self.map(map))?;
         }

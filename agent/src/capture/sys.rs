@@ -18,6 +18,7 @@ use super::netns::sockets;
 
 /// Commands of `bpf(2)`.
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
@@ -133,6 +134,47 @@ pub unsafe fn map_entries<K: Copy, V: Copy>(
         from = Some(next);
     }
 }
+
+/// The keys of a map whose values are not known. Those that others add or remove meanwhile may be
+/// told, also twice.
+///
+/// # Safety
+/// `K` has the size of the map's keys, and any bytes are a valid value of it.
+pub unsafe fn map_keys<K: Copy>(map: BorrowedFd) -> io::Result<Vec<K>> {
+    #[repr(C)]
+    struct Attributes {
+        map: u32,
+        reserved: u32,
+        key: u64,
+        next: u64,
+        flags: u64,
+    }
+    let mut keys: Vec<K> = Vec::new();
+    loop {
+        let mut next = mem::MaybeUninit::<K>::uninit();
+        let mut attributes = Attributes {
+            map: map.as_raw_fd().cast_unsigned(),
+            reserved: 0,
+            key: keys.last().map_or(0, |key| std::ptr::from_ref(key).addr() as u64),
+            next: next.as_mut_ptr().addr() as u64,
+            flags: 0,
+        };
+        // SAFETY: the structure is that of BPF_MAP_*_ELEM, and the key has the right size.
+        match unsafe { bpf(BPF_MAP_GET_NEXT_KEY, &mut attributes) } {
+            // SAFETY: the kernel has filled it.
+            Ok(_) => keys.push(unsafe { next.assume_init() }),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(keys),
+            Err(error) => return Err(error),
+        }
+        // One that is gone by now leads back to the first; others may add for ever.
+        if keys.len() > MAX_KEYS {
+            return Ok(keys);
+        }
+    }
+}
+
+/// More keys than any map of ours has.
+const MAX_KEYS: usize = 1 << 20;
 
 /// The time since the machine was started, sleep included (`CLOCK_BOOTTIME`).
 pub fn since_boot() -> Duration {

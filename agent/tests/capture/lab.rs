@@ -35,6 +35,13 @@ pub fn ip_output(arguments: &str) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// Runs a command and expects success.
+pub fn run(command: &str, arguments: &[&str]) {
+    let output = Command::new(command).args(arguments).output().expect("the command runs");
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command} {arguments:?}: {told}");
+}
+
 /// Waits until something holds.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let started = Instant::now();

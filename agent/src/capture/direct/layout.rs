@@ -81,10 +81,16 @@ pub fn direct_key(client: SocketAddr, server: SocketAddr) -> abi::DirectKey {
     }
 }
 
+/// Those of the client and of the server.
+pub fn ends_of(key: &abi::DirectKey) -> (SocketAddr, SocketAddr) {
+    (addr(key.source, key.source_port), addr(key.destination, key.destination_port))
+}
+
 pub fn flow_of(key: &abi::DirectKey, flow: &abi::DirectFlow) -> DirectFlow {
+    let (client, server) = ends_of(key);
     DirectFlow {
-        client: addr(key.source, key.source_port),
-        server: addr(key.destination, key.destination_port),
+        client,
+        server,
         original: addr(flow.original, flow.port),
         source: NetnsCookie(flow.source),
         destination: NetnsCookie(flow.destination),
