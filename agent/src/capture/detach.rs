@@ -24,7 +24,8 @@ pub struct DetachReport {
 }
 
 /// Removes everything that agents on this folder left in the kernel. New connections of their pods
-/// go their plain way from then on. A running agent must be stopped first.
+/// go their plain way from then on; connections that the kernel carries by itself go on as plain ones.
+/// A running agent must be stopped first.
 pub fn detach(pin_path: &Path) -> Result<DetachReport, CaptureError> {
     let Some(pins) = Pins::open_existing(pin_path)? else { return Ok(DetachReport::default()) };
     let mut unreachable = Vec::new();
