@@ -19,7 +19,7 @@ pub use socket::{Add, Cni, Line, Listening};
 use crate::binary;
 
 /// Long enough for an agent to load its programs on a loaded machine.
-const START: Duration = Duration::from_secs(30);
+const START: Duration = Duration::from_secs(60);
 
 /// Who tells of pods, and who leads their connections to the agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
