@@ -34,7 +34,9 @@ pub use context::{
 };
 pub use dns::{DnsMetrics, DnsSource};
 pub use open::OpenConnection;
-pub use readings::{CertificateReading, KernelReading, SourceReading, TunnelReading};
+pub use readings::{
+    CertificateReading, IdentityReading, KernelReading, SourceReading, TunnelReading,
+};
 pub use series::ByteCounters;
 pub use xds::{Termination, XdsMetrics, XdsReading};
 
@@ -78,6 +80,16 @@ pub struct PodMetrics {
     pub pending: Gauge,
     pub started: Counter,
     pub stopped: Counter,
+    /// Requests of istio-cni that were answered with an error.
+    pub refused: Counter,
+    lost: Family<[(&'static str, &'static str); 1], Counter>,
+}
+
+impl PodMetrics {
+    /// Counts a connection to istio-cni that ended or did not begin. `reason`: one of a closed set.
+    pub fn lost(&self, reason: &'static str) {
+        self.lost.get_or_create(&[("reason", reason)]).inc();
+    }
 }
 
 impl Telemetry {
@@ -219,6 +231,11 @@ impl Telemetry {
         self.watch(read);
     }
 
+    /// Adds how many identities have certificates, read at each scrape.
+    pub fn watch_identities(&self, read: impl Fn() -> IdentityReading + Send + Sync + 'static) {
+        self.watch(read);
+    }
+
     /// Adds the tunnel pools' sizes, read at each scrape.
     pub fn watch_tunnels(&self, read: impl Fn() -> TunnelReading + Send + Sync + 'static) {
         self.watch(read);
@@ -292,6 +309,16 @@ impl Inner {
         ] {
             registry.register(format!("{prefix}_{name}"), help, counter.clone());
         }
+        registry.register(
+            "culvert_cni_refused_requests",
+            "Requests of istio-cni that were answered with an error",
+            pods.refused.clone(),
+        );
+        registry.register(
+            "culvert_cni_connection_terminations",
+            "Connections to istio-cni that ended, and attempts that failed",
+            pods.lost.clone(),
+        );
     }
 }
 

@@ -22,7 +22,9 @@ use crate::connections::{Connections, Direction, Protocol};
 use crate::file::{self, FileStatus};
 use crate::node::Node;
 use crate::pods::Claim;
-use crate::telemetry::{CertificateReading, KernelReading, SourceReading, TunnelReading};
+use crate::telemetry::{
+    CertificateReading, IdentityReading, KernelReading, SourceReading, TunnelReading,
+};
 use crate::tls::CertificateSummary;
 use crate::xds::{XdsConnection, XdsStatus};
 
@@ -74,6 +76,10 @@ impl State {
             states.unwrap_or_default().iter().filter_map(certificate_ages).collect()
         });
         let node = Arc::downgrade(&self.node);
+        telemetry.watch_identities(move || {
+            node.upgrade().map(|node| identities(&node.certificates)).unwrap_or_default()
+        });
+        let node = Arc::downgrade(&self.node);
         telemetry
             .watch_tunnels(move || node.upgrade().map(|node| tunnels(&node)).unwrap_or_default());
     }
@@ -121,6 +127,20 @@ fn certificate_ages(state: &ca::CertificateState) -> Option<CertificateReading> 
         not_before: instant(&leaf.valid_from).into(),
         not_after: instant(&leaf.expiration).into(),
     })
+}
+
+fn identities(certificates: &ca::Certificates) -> IdentityReading {
+    let failed_requests = certificates.failed_requests();
+    let mut reading = IdentityReading { failed_requests, ..IdentityReading::default() };
+    for known in certificates.states() {
+        let count = match known.state {
+            ca::State::Available => &mut reading.available,
+            ca::State::Initializing => &mut reading.initializing,
+            ca::State::Unavailable(_) => &mut reading.unavailable,
+        };
+        *count += 1;
+    }
+    reading
 }
 
 fn tunnels(node: &Node) -> TunnelReading {
