@@ -225,7 +225,7 @@ impl<'a> ConnectionView<'a> {
                 Direction::Inbound => "inbound",
                 Direction::Outbound => "outbound",
             },
-            protocol: live.protocol.name(),
+            protocol: live.protocol.own_name(),
             src: live.src,
             dst: live.original_dst.as_deref(),
             target: live.actual_dst,
