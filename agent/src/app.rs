@@ -4,9 +4,10 @@ mod certificates;
 mod enrolment;
 mod explain;
 mod news;
+mod own;
 mod state;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -83,6 +84,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         enrolment_terms(&config),
         named,
     );
+    own::serve(&node, &config.pod, enrolment_terms(&config).listen, draining.clone());
     let requests = follow_cni(&config, synced(&xds));
     let (stop, stopped) = mpsc::channel(1);
     let state = Arc::new(State {
@@ -240,6 +242,7 @@ fn make_node(
         name: config.node.clone(),
         network: settings.network.clone(),
         mesh: rooms.mesh,
+        own: OnceLock::new(),
         capture: rooms.capture,
         certificates: rooms.certificates,
         dns: config.dns.as_ref().map(|dns| make_dns(config, dns, upstreams)).transpose()?,

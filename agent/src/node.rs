@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -35,6 +35,8 @@ pub struct Node {
     /// The network that this node's addresses belong to.
     pub network: Arc<str>,
     pub mesh: Arc<Mesh>,
+    /// The agent's own pod, once it is served as one of the mesh.
+    pub own: OnceLock<Arc<Pod>>,
     pub capture: Redirection,
     pub certificates: Arc<Certificates>,
     /// How pods are told names; `None` when they ask their servers themselves.

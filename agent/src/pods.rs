@@ -71,6 +71,8 @@ pub struct Pod {
     pub netns: Arc<Netns>,
     /// Its tunnels to other nodes and to waypoints.
     pub pool: Pool,
+    /// Whether its application sees the addresses of clients.
+    pub keeps_clients: bool,
     leaving: CancellationToken,
     closed: CancellationToken,
     gone: CancellationToken,
@@ -79,7 +81,12 @@ pub struct Pod {
 impl Pod {
     pub fn new(uid: Arc<str>, claim: Claim, netns: Arc<Netns>, pool: Pool) -> Self {
         let (leaving, closed, gone) = Default::default();
-        Self { uid, claim, netns, pool, leaving, closed, gone }
+        Self { uid, claim, netns, pool, keeps_clients: true, leaving, closed, gone }
+    }
+
+    /// The agent's own: no route there leads answers to clients' addresses back to the agent.
+    pub fn of_agent(claim: Claim, netns: Arc<Netns>, pool: Pool) -> Self {
+        Self { keeps_clients: false, ..Self::new(claim.to_string().into(), claim, netns, pool) }
     }
 
     /// It takes no new streams on its tunnels; peers are told to go elsewhere.

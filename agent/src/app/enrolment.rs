@@ -341,7 +341,8 @@ impl Enrolment {
             true => &[],
             false => &*spec.addresses,
         };
-        let sockets = netns.listen_for_dns(own, dns.port).map_err(EnrolError::Listen)?;
+        let sockets = netns.listen_for_dns(own, dns.port, self.terms.listen);
+        let sockets = sockets.map_err(EnrolError::Listen)?;
         Ok(Some((dns, sockets)))
     }
 

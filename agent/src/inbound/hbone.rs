@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use culvert_core::addr::Authority;
-use culvert_core::admit::{self, Admission, Inbound};
+use culvert_core::admit::{self, Admission, DialFrom, Inbound};
 use culvert_core::authorize::Denied;
 use culvert_core::identity::Identity;
 use culvert_core::workload::Workload;
@@ -150,7 +150,10 @@ impl Tunnel {
             header_to: self.node.options.header_to,
         };
         match decide(&self.node, |view| admit::admit(view, &inbound)).await {
-            Ok(admission) => {
+            Ok(mut admission) => {
+                if !self.pod.keeps_clients {
+                    admission.from = DialFrom::Own;
+                }
                 self.judge(request, &local, &authority, &headers, admission, drain).await;
             }
             Err(refusal) => {
