@@ -14,7 +14,7 @@ use culvert_tests::{binary, call, connect, echo, serve, who};
 /// Clients of three identities and one without, and two servers for each of them to call: one on
 /// their own node, one on another.
 fn mesh(servers: &[(&str, &str)]) -> Mesh {
-    let mut mesh = Mesh::new()
+    let mut mesh = culvert_tests::mesh()
         .node("a")
         .pod("front", "web", "front")
         .pod("back", "web", "back")
@@ -226,7 +226,7 @@ impl Open {
 }
 
 /// How long after an edit its effect must show; the best of several, for the machine is busy.
-const PROMPT: Duration = Duration::from_secs(3);
+const PROMPT: Duration = Duration::from_secs(1);
 
 fn tell_closings(a: &Agent, b: &Agent, policy: &str, at_b: f64) {
     let name = "culvert_authorization_denied_total";

@@ -12,7 +12,7 @@ use culvert_tests::binary;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 /// How long one step may take on a loaded machine.
-pub const LIMIT: Duration = Duration::from_secs(30);
+pub const LIMIT: Duration = Duration::from_secs(20);
 /// How long is waited for what must not happen.
 pub const A_WHILE: Duration = Duration::from_millis(400);
 
@@ -83,7 +83,11 @@ impl Ground {
                 .pod_with(PodSpec::waypoint("gate", "shop", "gate"))
                 .pod_with(PodSpec::outside("outside", "away", "outside"))
         };
-        let mesh = Mesh::new()
+        let mesh = match path {
+            Path::Plain => Mesh::new(),
+            Path::Same | Path::Cross => culvert_tests::mesh(),
+        };
+        let mesh = mesh
             .node("a")
             .pod_with(client)
             .pod_with(PodSpec { enrolled: false, ..PodSpec::new("late", "web", "late") })
