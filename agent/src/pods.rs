@@ -82,7 +82,8 @@ impl Pod {
         Self { uid, claim, netns, pool, leaving, closed, gone }
     }
 
-    /// It takes no new streams on its tunnels; peers are told to go elsewhere.
+    /// It opens no further tunnels. Those of its peers, and its listeners, still take what is sent by
+    /// who does not know yet.
     pub fn leave(&self) {
         self.leaving.cancel();
         self.pool.drain();
@@ -93,7 +94,7 @@ impl Pod {
         self.leaving.is_cancelled()
     }
 
-    /// Its listeners close once their queues are empty.
+    /// Its listeners close once their queues are empty, and its peers are told to go elsewhere.
     pub fn close(&self) {
         self.closed.cancel();
     }
@@ -103,11 +104,6 @@ impl Pod {
         self.gone.cancel();
         self.leave();
         self.close();
-    }
-
-    /// Ready when [`Pod::leave`] was called.
-    pub async fn left(&self) {
-        self.leaving.cancelled().await;
     }
 
     /// Ready when [`Pod::close`] was called.
