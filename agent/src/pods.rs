@@ -89,7 +89,8 @@ impl Pod {
         Self { keeps_clients: false, ..Self::new(claim.to_string().into(), claim, netns, pool) }
     }
 
-    /// It takes no new streams on its tunnels; peers are told to go elsewhere.
+    /// It opens no further tunnels. Those of its peers, and its listeners, still take what is sent by
+    /// who does not know yet.
     pub fn leave(&self) {
         self.leaving.cancel();
         self.pool.drain();
@@ -100,7 +101,7 @@ impl Pod {
         self.leaving.is_cancelled()
     }
 
-    /// Its listeners close once their queues are empty.
+    /// Its listeners close once their queues are empty, and its peers are told to go elsewhere.
     pub fn close(&self) {
         self.closed.cancel();
     }
@@ -110,11 +111,6 @@ impl Pod {
         self.gone.cancel();
         self.leave();
         self.close();
-    }
-
-    /// Ready when [`Pod::leave`] was called.
-    pub async fn left(&self) {
-        self.leaving.cancelled().await;
     }
 
     /// Ready when [`Pod::close`] was called.

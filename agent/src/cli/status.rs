@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::answers::Status;
+use super::answers::{Kernel, Status};
 use super::table::age;
 
 pub(super) fn text(status: &Status) -> String {
@@ -57,21 +57,23 @@ pub(super) fn text(status: &Status) -> String {
         "Connections",
         format!("{} inbound, {} outbound", status.connections.inbound, status.connections.outbound),
     ));
-    let kernel = &status.kernel;
-    lines.push(row(
-        "Kernel",
-        format!("attached to {}, pinned in {}", kernel.cgroup, kernel.pin_path),
-    ));
-    let programs: Vec<String> = kernel
-        .programs
-        .iter()
-        .map(|program| format!("{} (id {})", program.name, program.id))
-        .collect();
-    if !programs.is_empty() {
-        lines.push(row("", programs.join(", ")));
-    }
-    lines.push(row("", count(kernel.flow_entries, "flow entry", "flow entries")));
+    lines.extend(kernel(&status.kernel));
     lines.join("\n")
+}
+
+fn kernel(kernel: &Kernel) -> Vec<String> {
+    if kernel.programs.is_empty() {
+        let text = "no programs of the agent; packet rules bring the connections";
+        return vec![row("Kernel", text.to_owned())];
+    }
+    let programs = kernel.programs.iter();
+    let programs: Vec<String> =
+        programs.map(|program| format!("{} (id {})", program.name, program.id)).collect();
+    vec![
+        row("Kernel", format!("attached to {}, pinned in {}", kernel.cgroup, kernel.pin_path)),
+        row("", programs.join(", ")),
+        row("", count(kernel.flow_entries, "flow entry", "flow entries")),
+    ]
 }
 
 fn row(label: &str, text: String) -> String {

@@ -106,7 +106,9 @@ async fn leaving(pod: &Pod, mut drain: DrainWatch, revoked: CancellationToken) -
     tokio::select! {
         () = revoked.cancelled() => Instant::now() + GOODBYE,
         deadline = drain.begun() => deadline,
-        () = pod.left() => Instant::now() + UNLIMITED,
+        // Not as soon as it leaves: a peer that has not heard of it yet is about to send more streams
+        // along, and not every peer sends again what crosses a farewell.
+        () = pod.is_closed() => Instant::now() + UNLIMITED,
     }
 }
 
