@@ -120,7 +120,7 @@ struct Running {
 async fn running() -> Running {
     let loopback: SocketAddr = "127.0.0.1:0".parse().unwrap();
     let addresses = AdminAddrs { admin: loopback, stats: loopback, readiness: loopback };
-    let servers = AdminServers::bind(&addresses).await.unwrap();
+    let servers = AdminServers::bind(&addresses, Vec::new()).await.unwrap();
     let (admin, stats, readiness) = servers.addresses().unwrap();
     let state = Arc::new(Fixed::default());
     let Logging { control, flush, dispatch } =
@@ -329,7 +329,7 @@ async fn an_address_in_use_is_named() {
     let address = taken.local_addr().unwrap();
     let free: SocketAddr = "127.0.0.1:0".parse().unwrap();
     let addresses = AdminAddrs { admin: free, stats: address, readiness: free };
-    let error = AdminServers::bind(&addresses).await.unwrap_err().to_string();
+    let error = AdminServers::bind(&addresses, Vec::new()).await.unwrap_err().to_string();
     let expected = format!("the stats server cannot listen on {address}: Address already in use");
     assert!(error.starts_with(&expected), "{error}");
 }

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -102,6 +102,7 @@ impl Config {
         let unused = (redirect == Redirect::Cni).then(|| PathBuf::from(CGROUP_FS));
         let pin_path = env.path(flags.pin_path, "CULVERT_PIN_PATH");
         let state_dir = env.path(flags.state_dir, "CULVERT_STATE_DIR");
+        let state_dir = state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into());
         Ok(Config {
             xds,
             ca: plane::ca(&env, alone, &cluster)?,
@@ -120,7 +121,9 @@ impl Config {
                 setting: "NODE_NAME or --node",
                 what: "the name of this node, as the workloads' `node` field has it",
             })?,
-            state_dir: state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
+            handover: handover(&env, redirect, &state_dir),
+            in_kubernetes: env.is_set("KUBERNETES_SERVICE_HOST"),
+            state_dir,
             pin_path: pin_path.unwrap_or_else(|| DEFAULT_PIN_PATH.into()),
             cgroup: cgroup.or(unused).ok_or(ConfigError::Missing {
                 setting: "CULVERT_CGROUP or --cgroup",
@@ -164,6 +167,15 @@ impl Environment<'_> {
                 why: "the agent serves all pods of its node; leave it empty or `shared`",
             }),
         }
+    }
+}
+
+/// An empty variable switches it off.
+fn handover(env: &Environment, redirect: Redirect, state_dir: &Path) -> Option<PathBuf> {
+    match (redirect, (env.variable)("CULVERT_HANDOVER")) {
+        (Redirect::Cni, _) => None,
+        (Redirect::Ebpf, None) => Some(state_dir.join("handover.sock")),
+        (Redirect::Ebpf, Some(path)) => Some(path.into()).filter(|path: &PathBuf| *path != *""),
     }
 }
 
