@@ -75,6 +75,8 @@ pub struct Config {
     /// How long connections may go on after shutdown began (`CONNECTION_TERMINATION_DEADLINE`,
     /// `TERMINATION_GRACE_PERIOD_SECONDS`).
     pub drain_deadline: Duration,
+    /// The same once another agent takes new connections: the longer of the two.
+    pub handed_over_deadline: Duration,
     /// Kernel keepalive of dialled and captured sockets; `None` when switched off.
     pub keepalive: Option<Keepalive>,
     /// `TCP_USER_TIMEOUT` follows the keepalive settings (`USER_TIMEOUT_ENABLED`).

@@ -62,8 +62,12 @@ impl Ending {
         let stays = config.in_kubernetes && is_replaced;
         // Metrics and status of an agent that stays can still be asked for, unless at the next one.
         let servers_stay = stays && !matches!(end, End::HandedOver { servers_too: true, .. });
-        let grace = if stays { UNLIMITED } else { config.drain_deadline };
-        self.tell(&end, stays);
+        let deadline = match is_replaced {
+            true => config.handed_over_deadline,
+            false => config.drain_deadline,
+        };
+        let grace = if stays { UNLIMITED } else { deadline };
+        self.tell(&end, (!stays).then_some(deadline));
         let (queued, mut asked) = match end {
             End::Told => (Queued::Taken, None),
             End::HandedOver { .. } => (Queued::Left, None),
@@ -106,8 +110,7 @@ impl Ending {
                     () = follower.told() => {}
                     () = abandoned(&config.pin_path) => return Err(Abandoned.into()),
                 }
-                tracing::info!(deadline = ?config.drain_deadline, "told to end");
-                let deadline = config.drain_deadline;
+                tracing::info!(?deadline, "told to end");
                 tokio::join!(self.trigger.begin(deadline), self.closing.begin(deadline)).0
             }
         };
@@ -120,10 +123,10 @@ impl Ending {
         Ok(())
     }
 
-    fn tell(&self, end: &End, stays: bool) {
-        let deadline = match stays {
-            true => "when this agent is told to end".to_owned(),
-            false => format!("{:?}", self.state.config.drain_deadline),
+    fn tell(&self, end: &End, deadline: Option<Duration>) {
+        let deadline = match deadline {
+            Some(deadline) => format!("{deadline:?}"),
+            None => "after this agent is told to end".to_owned(),
         };
         match end {
             End::Told => tracing::info!(deadline, "draining: no new connections"),

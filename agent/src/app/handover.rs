@@ -226,7 +226,7 @@ pub(super) async fn take_over(
     }
     bequest.take().await.with_context(goes_on)?;
     if let Some(kernel) = node.capture.kernel() {
-        kernel.own();
+        kernel.own()?;
     }
     enrolment.open();
     node.telemetry.handover(Handover::Taken);

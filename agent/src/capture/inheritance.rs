@@ -25,8 +25,8 @@ impl Capture {
     }
 
     /// What was given on loan is this agent's.
-    pub fn own(&self) {
-        self.pins.own();
+    pub fn own(&self) -> Result<(), CaptureError> {
+        self.pins.own()
     }
 
     /// The pins are another agent's: this one must not change the maps any more.

@@ -88,9 +88,11 @@ impl Pins {
         self.is_ours.load(Ordering::Relaxed)
     }
 
-    /// The lock ends with this from now on.
-    pub fn own(&self) {
+    /// The lock ends with this from now on. Locking again what is open and locked changes nothing.
+    pub fn own(&self) -> Result<(), CaptureError> {
+        sys::lock(&self.lock).map_err(|_| CaptureError::Busy(self.root.clone()))?;
         self.is_ours.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// The lock is another agent's from now on.

@@ -191,10 +191,10 @@ async fn strange_bytes_are_refused_and_harm_nobody() {
         let sent = socket.send(bytes).await.unwrap();
         assert_eq!(sent, bytes.len());
         let mut answer = [0; 1024];
-        let length = socket.recv(&mut answer).await.unwrap();
+        let length = socket.recv(&mut answer).await.unwrap().bytes_read();
         let answer = Message::read(&answer[..length]).unwrap();
         assert!(matches!(answer, Message::Refused { .. }), "{answer:?}");
-        assert_eq!(socket.recv(&mut [0; 8]).await.unwrap(), 0);
+        assert_eq!(socket.recv(&mut [0; 8]).await.unwrap().bytes_read(), 0);
     }
     assert_eq!(running.found().await.greeting.pid, 1);
 }
