@@ -434,7 +434,7 @@ async fn culverts_own_views_have_their_shapes() {
         "certificates": {"available": 0, "unavailable": 0},
         "connections": {"inbound": 1, "outbound": 0},
         "handover": null,
-            "kernel": {"cgroup": "/sys/fs/cgroup", "pinPath": "/sys/fs/bpf/culvert",
+        "kernel": {"cgroup": "/sys/fs/cgroup", "pinPath": "/sys/fs/bpf/culvert",
                    "programs": [{"name": "culvert_connect4", "id": 12}], "flowEntries": 3},
     });
     assert_eq!(status, expected);

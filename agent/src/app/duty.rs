@@ -195,7 +195,6 @@ impl Post<'_> {
             self.state.node.telemetry.handover(Handover::LetGo);
             return Some(End::LetGo(asked));
         }
-        let before = story.told();
         story.tell(format_args!("handing over to {}", asked.by));
         tracing::info!(to = %asked.by, "handing over");
         let servers_too = asked.by.netns == self.netns;
@@ -209,10 +208,7 @@ impl Post<'_> {
         };
         tracing::error!(to = %asked.by, %error, "the hand-over failed: this agent goes on");
         self.state.node.telemetry.handover(Handover::Failed);
-        match before {
-            Some(before) => story.tell(before),
-            None => story.tell(format_args!("could not hand over to {}: {error}", asked.by)),
-        }
+        story.tell(format_args!("could not hand over to {}: {error}", asked.by));
         asked.refuse(&error).await;
         self.enrolment.reclaim().await;
         None
