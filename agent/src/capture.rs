@@ -7,6 +7,7 @@
 //! and takes up the maps as they are. [`detach`] takes all of it away.
 
 mod detach;
+mod inheritance;
 mod links;
 mod logs;
 mod maps;
@@ -34,6 +35,7 @@ use tracing::level_filters::LevelFilter;
 
 pub use culvert_core::tables::{NetnsCookie, PodSpec};
 pub use detach::{DetachReport, detach};
+pub use inheritance::is_unattended;
 pub use logs::{KERNEL_LOG, KernelLogs};
 pub use maps::MapCounts;
 pub use netns::{DnsSockets, ListenOptions, Listeners, Marks, Netns, NetnsError};
@@ -132,8 +134,11 @@ impl Capture {
     /// Pods that it enrolled stay enrolled, and refuse connections until [`Capture::enrol`] gives
     /// them listeners again.
     pub fn start(options: &CaptureOptions) -> Result<Capture, CaptureError> {
+        Capture::start_on(Pins::open(&options.pin_path)?, options)
+    }
+
+    fn start_on(pins: Pins, options: &CaptureOptions) -> Result<Capture, CaptureError> {
         object::check_features()?;
-        let pins = Pins::open(&options.pin_path)?;
         let adopted = pins.pods()?;
         let fresh_maps = pins.discard_foreign_maps(options.max_pods)?;
         let loader = Loader::new(options, &pins)?;

@@ -67,8 +67,36 @@ struct Inner {
     rejudged: Counter,
     crl_rejected: Family<[(&'static str, &'static str); 1], Counter>,
     crl_untracked: Family<[(&'static str, &'static str); 1], Counter>,
+    handovers: Family<[(&'static str, &'static str); 1], Counter>,
     pods: PodMetrics,
     xds: XdsMetrics,
+}
+
+/// What became of a hand-over between two agents, seen from this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handover {
+    /// This agent took over.
+    Taken,
+    /// This agent handed over.
+    Given,
+    /// This agent made room for one that could not take over what it had.
+    LetGo,
+    /// It failed, and this agent goes on.
+    Failed,
+}
+
+impl Handover {
+    const ALL: [Handover; 4] =
+        [Handover::Taken, Handover::Given, Handover::LetGo, Handover::Failed];
+
+    fn label(self) -> &'static str {
+        match self {
+            Handover::Taken => "taken",
+            Handover::Given => "given",
+            Handover::LetGo => "let_go",
+            Handover::Failed => "failed",
+        }
+    }
 }
 
 /// The pods that are enrolled on this node, as `workload_manager_*`.
@@ -137,6 +165,7 @@ impl Telemetry {
             rejudged: Counter::default(),
             crl_rejected: Family::default(),
             crl_untracked: Family::default(),
+            handovers: Family::default(),
             pods: PodMetrics::default(),
             xds: XdsMetrics::default(),
             registry: Mutex::default(),
@@ -198,6 +227,11 @@ impl Telemetry {
     /// Counts a live connection that no later revocation can reach.
     pub fn crl_untracked(&self, reporter: Reporter) {
         self.0.crl_untracked.get_or_create(&[("reporter", reporter.label())]).inc();
+    }
+
+    /// Counts a hand-over between two agents.
+    pub fn handover(&self, outcome: Handover) {
+        self.0.handovers.get_or_create(&[("result", outcome.label())]).inc();
     }
 
     pub fn pods(&self) -> &PodMetrics {
@@ -293,6 +327,14 @@ impl Inner {
             "istio_crl_untracked_connections",
             "Connections that no later revocation can reach",
             self.crl_untracked.clone(),
+        );
+        for outcome in Handover::ALL {
+            let _present = self.handovers.get_or_create(&[("result", outcome.label())]);
+        }
+        registry.register(
+            "culvert_handovers",
+            "Hand-overs between this agent and another one",
+            self.handovers.clone(),
         );
         self.xds.register(registry);
         let pods = &self.pods;

@@ -17,6 +17,8 @@ pub struct Agent {
     pub node: String,
     pub uptime: std::time::Duration,
     pub source: Source,
+    /// Whom it took over from, or hands over to; `None` when it did neither.
+    pub handover: Option<String>,
     pub kernel: Kernel,
 }
 
@@ -108,7 +110,7 @@ impl ExplainError {
 
 pub(super) fn status(sources: &Sources) -> serde_json::Result<Vec<u8>> {
     let state = &sources.state;
-    let Agent { version, node, uptime, source, kernel } = state.agent();
+    let Agent { version, node, uptime, source, handover, kernel } = state.agent();
     let pending = sources.readiness.pending();
     let snapshot = state.snapshot();
     let pods = state.pods();
@@ -141,6 +143,7 @@ pub(super) fn status(sources: &Sources) -> serde_json::Result<Vec<u8>> {
         "pods": {"enrolled": enrolled, "failed": pods.len() - enrolled},
         "certificates": {"available": available, "unavailable": certificates.len() - available},
         "connections": {"inbound": inbound, "outbound": outbound},
+        "handover": handover,
         "kernel": kernel,
     }))
 }

@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::enrolment::PodTable;
 use super::explain;
+use super::handover::Story;
 use crate::admin::{
     AdminState, Agent, Certificate, CertificateState, CertificateStatus, ExplainError, Explanation,
     Kernel, Pod, PodState, Program, Source, Version,
@@ -37,6 +38,7 @@ pub(super) struct State {
     pub file: Option<watch::Receiver<FileStatus>>,
     /// That of the control plane, when there is one.
     pub xds: Option<watch::Receiver<XdsStatus>>,
+    pub story: Story,
     pub started: Instant,
     /// Asks for the graceful shutdown.
     pub stop: mpsc::Sender<()>,
@@ -271,6 +273,7 @@ impl AdminState for State {
             node: self.node.name.to_string(),
             uptime: self.started.elapsed(),
             source: self.source(),
+            handover: self.story.told(),
             kernel: Kernel {
                 cgroup: self.config.cgroup.display().to_string(),
                 pin_path: self.config.pin_path.display().to_string(),
@@ -303,6 +306,7 @@ impl AdminState for State {
             "clusterId": *self.mesh.cluster_id,
             "configFile": config.file,
             "drainDeadlineSeconds": config.drain_deadline.as_secs_f64(),
+            "handover": config.handover,
             "http2FrameSize": config.http2.frame_size,
             "http2StreamWindow": config.http2.stream_window,
             "localNode": *config.node,

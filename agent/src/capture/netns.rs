@@ -293,6 +293,16 @@ pub struct DnsSockets {
     pub tcp: Vec<TcpListener>,
 }
 
+impl DnsSockets {
+    /// Other descriptors of the same sockets.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            udp: self.udp.iter().map(UdpSocket::try_clone).collect::<io::Result<_>>()?,
+            tcp: self.tcp.iter().map(TcpListener::try_clone).collect::<io::Result<_>>()?,
+        })
+    }
+}
+
 /// Puts the thread back, whatever happens.
 struct Return<'a>(BorrowedFd<'a>);
 

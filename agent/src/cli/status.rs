@@ -19,6 +19,9 @@ pub(super) fn text(status: &Status) -> String {
             (false, pending) => format!("no, pending: {}", pending.join(", ")),
         },
     ));
+    if let Some(handover) = &status.handover {
+        lines.push(row("Hand-over", handover.clone()));
+    }
     let source = &status.source;
     let loaded = match source.age_seconds {
         Some(seconds) => format!("loaded {} ago", old(seconds)),
