@@ -246,7 +246,7 @@ fn pods_of_istio_cni_are_handed_over_and_stay_enrolled() {
         let node = round % 2;
         let name = ["a", "b"][node];
         let stream = Stream::start(&town.mesh, "client", both(&town.mesh, "server")[round % 2]);
-        let new = upgrade(&town.mesh, name, &agents[node], &town.options(name));
+        let new = upgrade(&town.mesh, name, &agents[node], &town.options());
         let mut old = std::mem::replace(&mut agents[node], new);
         agents[node].wait_ready(wait::SOON).unwrap();
         load.wait_answered(20).unwrap();
