@@ -131,7 +131,7 @@ impl Stream {
             let (mut carried, mut back) = (0_u64, [0; 16 << 10]);
             while !stopped.load(Ordering::Relaxed) || carried == 0 {
                 let text: Vec<u8> =
-                    (carried..).take(back.len()).map(|at| (at * 31 >> 3) as u8).collect();
+                    (carried..).take(back.len()).map(|at| ((at * 31) >> 3) as u8).collect();
                 tcp.write_all(&text)?;
                 tcp.read_exact(&mut back)?;
                 assert!(text == back, "other bytes at {carried}");
