@@ -98,8 +98,6 @@ impl Config {
         let node = env.flag_or("--node", flags.node, "NODE_NAME")?;
         let redirect = plane::redirect(&env, cni.is_some())?;
         let cgroup = env.path(flags.cgroup, "CULVERT_CGROUP").or_else(|| around.cgroup2.clone());
-        // Where packet rules redirect, nothing is attached, and a container may see none.
-        let unused = (redirect == Redirect::Cni).then(|| PathBuf::from(CGROUP_FS));
         let pin_path = env.path(flags.pin_path, "CULVERT_PIN_PATH");
         let state_dir = env.path(flags.state_dir, "CULVERT_STATE_DIR");
         let state_dir = state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into());
@@ -126,10 +124,7 @@ impl Config {
             in_kubernetes: env.is_set("KUBERNETES_SERVICE_HOST"),
             state_dir,
             pin_path: pin_path.unwrap_or_else(|| DEFAULT_PIN_PATH.into()),
-            cgroup: cgroup.or(unused).ok_or(ConfigError::Missing {
-                setting: "CULVERT_CGROUP or --cgroup",
-                what: "no cgroup2 file system is mounted; mount one, or name the directory",
-            })?,
+            cgroup: attached_to(cgroup, redirect)?,
             servers: servers(&env, flags.admin, flags.stats, flags.readiness)?,
             log: log(&env, flags.log, flags.log_format)?,
             worker_threads: worker_threads(&env, around.processors)?,
@@ -148,6 +143,15 @@ impl Config {
             stated,
         })
     }
+}
+
+/// Where packet rules redirect, nothing is attached, and a container may see no cgroups.
+fn attached_to(cgroup: Option<PathBuf>, redirect: Redirect) -> Result<PathBuf, ConfigError> {
+    let unused = (redirect == Redirect::Cni).then(|| PathBuf::from(CGROUP_FS));
+    cgroup.or(unused).ok_or(ConfigError::Missing {
+        setting: "CULVERT_CGROUP or --cgroup",
+        what: "no cgroup2 file system is mounted; mount one, or name the directory",
+    })
 }
 
 impl Environment<'_> {
