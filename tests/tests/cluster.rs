@@ -80,11 +80,11 @@ fn in_each_town(mesh: impl Fn() -> Mesh, scenario: impl Fn(&mut Town)) {
     let mut pairs = vec![[Ours, Ours]];
     match ztunnel() {
         Some(_) => pairs.extend([[Ours, Theirs], [Theirs, Ours]]),
-        None => println!("CULVERT_PEER_ZTUNNEL is not set: skipped beside the peer's agent"),
+        None => eprintln!("CULVERT_PEER_ZTUNNEL is not set: skipped beside the peer's agent"),
     }
     for whose in pairs {
         for by_rules in [true, false] {
-            println!("{whose:?}, by rules: {by_rules}");
+            eprintln!("{whose:?}, by rules: {by_rules}");
             scenario(&mut Town::start(mesh(), whose, by_rules));
         }
     }
@@ -238,7 +238,7 @@ fn each_direction_ends_by_itself_and_resets_arrive_where_both_agents_carry_them(
                 reset(one);
                 let end = other.read(&mut [0; 8]);
                 let is_reset = end.as_ref().is_err_and(is_cut);
-                println!("{:?}, reset by the server: {by_server}: {end:?}", town.whose);
+                eprintln!("{:?}, reset by the server: {by_server}: {end:?}", town.whose);
                 match town.whose {
                     [Ours, Ours] => assert!(is_reset, "{end:?}"),
                     _ => assert!(is_reset || matches!(end, Ok(0)), "{end:?}"),

@@ -49,6 +49,7 @@ impl Intake {
         let Response { resources, type_url, nonce, removed_resources } = response;
         let (mut accepted, mut removed, mut rejected) = (0, 0, Rejections::default());
         if let Some(kind) = Kind::of_url(&type_url) {
+            self.session.names_mut(kind).expect(resources.len());
             let mut changes = Changes {
                 intake: self,
                 needs,

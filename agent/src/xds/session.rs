@@ -2,13 +2,14 @@
 //!
 //! Source: the incremental variant of the xDS transport (Envoy's `xds_protocol`, version 3).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use culvert_proto::envoy::config::core::v3::Node;
 use culvert_proto::envoy::service::discovery::v3::DeltaDiscoveryRequest as Request;
 use culvert_proto::google::rpc::Status;
 use culvert_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
+use hashbrown::HashMap;
 
 /// A resource type that is subscribed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,9 +51,11 @@ pub(super) enum Version {
 
 impl Version {
     pub fn new(text: &str) -> Self {
+        let is_digit = |byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+        // What would be written differently is kept as it was.
+        let is_plain = text.bytes().all(is_digit) && (text == "0" || !text.starts_with('0'));
         match u64::from_str_radix(text, 16) {
-            // What would be written differently is kept as it was.
-            Ok(number) if format!("{number:x}") == text => Self::Hex(number),
+            Ok(number) if is_plain => Self::Hex(number),
             Ok(_) | Err(_) => Self::Text(text.into()),
         }
     }
@@ -101,6 +104,13 @@ impl Names {
 
     pub fn contains(&self, name: &str) -> bool {
         self.held.contains_key(name)
+    }
+
+    /// Makes room for the first `count` names, so that it need not be found step by step.
+    pub fn expect(&mut self, count: usize) {
+        if self.held.is_empty() {
+            self.held.reserve(count);
+        }
     }
 
     pub fn accept(&mut self, name: Arc<str>, version: Version, item: Item) {
