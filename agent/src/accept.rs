@@ -10,26 +10,39 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::config::Keepalive;
+use crate::drain::{DrainWatch, Queued};
+use crate::pods::Pod;
 
 /// How long to wait after an error that only time can mend, such as too many open files.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Hands each connection of `listener` to `each`, until `end` is ready; then what is queued, so
-/// that no connection that the kernel has completed is lost.
+/// Ready when the listeners of `pod` are to accept no more; says whose their queues are then.
+pub async fn ended(pod: &Pod, mut drain: DrainWatch) -> Queued {
+    tokio::select! {
+        _ = drain.begun() => drain.queued(),
+        () = pod.is_closed() => Queued::Taken,
+    }
+}
+
+/// Hands each connection of `listener` to `each`, until `end` is ready; then what is queued, unless
+/// that is another agent's, so that no connection that the kernel has completed is lost.
 pub async fn accept_until(
     listener: &TcpListener,
-    end: impl Future<Output = ()>,
+    end: impl Future<Output = Queued>,
     mut each: impl FnMut(TcpStream, SocketAddr),
 ) {
     let mut end = std::pin::pin!(end);
-    loop {
+    let queued = loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = &mut end => break,
+            queued = &mut end => break queued,
         };
         if let Some(pause) = take(accepted, &mut each) {
             tokio::time::sleep(pause).await;
         }
+    };
+    if queued == Queued::Left {
+        return;
     }
     while let Some(accepted) = listener.accept().now_or_never() {
         if take(accepted, &mut each).is_some() {

@@ -12,6 +12,7 @@ pub mod readiness;
 mod stats;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use culvert_core::snapshot::Snapshot;
@@ -97,13 +98,24 @@ pub struct BindError {
 }
 
 impl AdminServers {
-    /// Listens in the network namespace of the calling thread.
-    pub async fn bind(addresses: &AdminAddrs) -> Result<AdminServers, BindError> {
+    /// Listens in the network namespace of the calling thread; with those of the `given` listeners
+    /// that fit, which another agent had.
+    pub async fn bind(
+        addresses: &AdminAddrs,
+        given: Vec<std::net::TcpListener>,
+    ) -> Result<AdminServers, BindError> {
+        let mut given = Given(given);
         Ok(Self {
-            admin: bind_loopback(addresses.admin).await?,
-            stats: bind("stats", addresses.stats).await?,
-            readiness: bind("readiness", addresses.readiness).await?,
+            admin: bind_loopback(addresses.admin, &mut given).await?,
+            stats: bind("stats", addresses.stats, &mut given).await?,
+            readiness: bind("readiness", addresses.readiness, &mut given).await?,
         })
+    }
+
+    /// Other descriptors of the sockets.
+    pub fn descriptors(&self) -> std::io::Result<Vec<OwnedFd>> {
+        let all = self.admin.iter().chain([&self.stats, &self.readiness]);
+        all.map(|listener| listener.as_fd().try_clone_to_owned()).collect()
     }
 
     /// The addresses bound: several for admin, then stats and readiness.
@@ -138,26 +150,55 @@ impl AdminServers {
     }
 }
 
-async fn bind(server: &'static str, address: SocketAddr) -> Result<TcpListener, BindError> {
-    match TcpListener::bind(address).await {
+/// Listeners that another agent had.
+struct Given(Vec<std::net::TcpListener>);
+
+impl Given {
+    fn take(&mut self, address: SocketAddr) -> Option<TcpListener> {
+        let fits = |listener: &std::net::TcpListener| {
+            listener.local_addr().is_ok_and(|own| own == address)
+        };
+        let found = self.0.swap_remove(self.0.iter().position(fits)?);
+        found.set_nonblocking(true).ok()?;
+        TcpListener::from_std(found).ok()
+    }
+
+    async fn take_or_bind(&mut self, address: SocketAddr) -> std::io::Result<TcpListener> {
+        match self.take(address) {
+            Some(listener) => Ok(listener),
+            None => TcpListener::bind(address).await,
+        }
+    }
+}
+
+async fn bind(
+    server: &'static str,
+    address: SocketAddr,
+    given: &mut Given,
+) -> Result<TcpListener, BindError> {
+    match given.take_or_bind(address).await {
         Ok(listener) => Ok(listener),
         Err(error) if address.ip() == Ipv6Addr::UNSPECIFIED && lacks_family(&error) => {
             let v4 = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port());
-            TcpListener::bind(v4).await.map_err(|error| BindError { server, address: v4, error })
+            let bound = given.take_or_bind(v4).await;
+            bound.map_err(|error| BindError { server, address: v4, error })
         }
         Err(error) => Err(BindError { server, address, error }),
     }
 }
 
-async fn bind_loopback(address: SocketAddr) -> Result<Vec<TcpListener>, BindError> {
-    let first = bind("admin", address).await?;
+async fn bind_loopback(
+    address: SocketAddr,
+    given: &mut Given,
+) -> Result<Vec<TcpListener>, BindError> {
+    let first = bind("admin", address, given).await?;
     let port = first.local_addr().map_or(address.port(), |bound| bound.port());
     let other: IpAddr = match address.ip() {
         IpAddr::V4(Ipv4Addr::LOCALHOST) => Ipv6Addr::LOCALHOST.into(),
         IpAddr::V6(Ipv6Addr::LOCALHOST) => Ipv4Addr::LOCALHOST.into(),
         _ => return Ok(vec![first]),
     };
-    match TcpListener::bind(SocketAddr::new(other, port)).await {
+    match given.take_or_bind(SocketAddr::new(other, port)).await {
         Ok(second) => Ok(vec![first, second]),
         Err(error) => {
             tracing::debug!(address = %other, port, %error, "admin listens on one loopback only");

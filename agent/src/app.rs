@@ -1,13 +1,17 @@
 //! The only place that constructs and wires the agent's rooms.
 
 mod certificates;
+mod duty;
+mod ending;
 mod enrolment;
 mod explain;
+mod handover;
 mod news;
+mod own;
 mod state;
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use anyhow::Context;
 use culvert_abi::DNS_PORT;
@@ -15,30 +19,29 @@ use culvert_core::admit::HeaderTo;
 use culvert_core::snapshot::Snapshot;
 use culvert_core::view::Coverage;
 use tokio::runtime::Handle;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::level_filters::LevelFilter;
 
 use crate::admin::readiness::{DNS_PROXY, OpenTask, PROXY, Readiness, STATE_MANAGER};
-use crate::admin::{AdminAddrs, AdminServers, Sources};
+use crate::admin::{AdminAddrs, Sources};
 use crate::ca::Certificates;
-use crate::capture::{
-    Capture, CaptureOptions, KERNEL_LOG, ListenOptions, Marks, Netns, Redirection,
-};
+use crate::capture::{CaptureOptions, KERNEL_LOG, ListenOptions, Marks, Netns, Redirection};
 use crate::config::{Config, DnsSettings, MeshSettings, Redirect, SameNodePath};
 use crate::connections::Connections;
 use crate::direct::{self, Direct};
 use crate::dns::{Dns, Upstreams};
-use crate::drain::{self, DrainEnd};
-use crate::file::{FileSource, FileUpdate, MeshFile};
+use crate::drain;
+use crate::file::{FileSource, MeshFile};
 use crate::node::{Fetch, Mesh, Node, Options};
 use crate::recheck::recheck;
 use crate::telemetry::Telemetry;
 use crate::telemetry::logging::{Directives, LogControl, LogFormat, Logging};
 use crate::xds::Xds;
-use crate::{config, hbone, zds};
+use crate::{config, hbone};
 
+use duty::{Duty, Follower, Signals};
 use enrolment::{Enrolment, Terms};
+use handover::{Beginning, Begun, Story};
 use news::{News, follow_control_plane};
 use state::State;
 
@@ -48,10 +51,9 @@ const MAX_PODS: u32 = 1024;
 const MAX_VERDICTS: u32 = 65536;
 /// How many direct connections of one pod there is room for.
 const MAX_DIRECT: u32 = 16384;
-/// How often pods are looked after: namespaces that went, and enrolments to be tried again.
-const LOOK_AFTER_PODS: Duration = Duration::from_secs(1);
 
-/// Runs the agent until it is told to stop and its connections are drained.
+/// Runs the agent until it is told to stop, or another one takes over, and its connections are
+/// drained.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let log = start_log(&config)?;
     match crate::capture::raise_open_files() {
@@ -63,7 +65,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let loading = readiness.open(STATE_MANAGER);
     let mut starting = vec![readiness.open(PROXY)];
     starting.extend(config.dns.is_some().then(|| readiness.open(DNS_PROXY)));
-    let (first, source) = match &config.file {
+    let (mut first, source) = match &config.file {
         Some(path) => {
             let (first, source) = FileSource::open(path).await?;
             (first, Some(source))
@@ -71,25 +73,26 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         None => (MeshFile::default(), None),
     };
     let settings = config.mesh(&first.culvert.stated())?;
+    // From here on a signal ends the agent only where it is awaited.
+    let mut signals = Signals::new()?;
+    let beginning = Beginning::new(&config, &first).await?;
     let rooms = rooms(&config, &settings, &first)?;
     let news =
         Arc::new(News::new(rooms.mesh.clone(), rooms.certificates.clone(), config.node.clone()));
-    news.apply(first.changes);
+    news.apply(std::mem::take(&mut first.changes));
     let xds = follow_control_plane(&config, &news, &rooms.telemetry).await;
     let fetch = xds.as_ref().and_then(|xds| xds.fetch());
-    let node = Arc::new(make_node(&config, &settings, rooms, fetch)?);
     tokio::spawn(close_when(synced(&xds), loading));
+    let ready = certificates::ready(rooms.certificates.clone(), synced(&xds));
+    let begun = beginning.capture(&config, &first, ready, &mut signals).await?;
+    let Some(Begun { capture, bequest }) = begun else { return Ok(()) };
+    let node = Arc::new(make_node(&config, &settings, rooms, capture, fetch)?);
 
     let (trigger, draining) = drain::drain();
     let named = first.culvert.pods;
-    let enrolment = Enrolment::new(
-        node.clone(),
-        readiness.clone(),
-        draining.clone(),
-        enrolment_terms(&config),
-        named,
-    );
-    let requests = follow_cni(&config, synced(&xds));
+    let terms = enrolment_terms(&config);
+    own::serve(&node, &config.pod, terms.listen, draining.clone());
+    let enrolment = Enrolment::new(node.clone(), readiness.clone(), draining, terms, named);
     let (stop, stopped) = mpsc::channel(1);
     let state = Arc::new(State {
         node: node.clone(),
@@ -98,96 +101,18 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         pods: enrolment.table(),
         file: source.as_ref().map(FileSource::status),
         xds: xds.as_ref().map(|xds| xds.status()),
+        story: Story::default(),
         started: Instant::now(),
         stop,
     });
     state.watch();
     node.telemetry.watch_log(&log);
-    let servers = AdminServers::bind(&admin_addrs(&state.config)).await?;
-    let telemetry = node.telemetry.clone();
-    let sources = Sources { telemetry, readiness, log, state: state.clone() };
-    let serving = tokio::spawn(servers.serve(sources, draining));
     tokio::spawn(recheck(node.clone()));
-    if let Some(direct) = node.direct.clone() {
-        tokio::spawn(direct.run(node.clone(), synced(&xds)));
-    }
-
-    follow(&node, &news, enrolment, source, requests, stopped, starting).await?;
-    let deadline = state.config.drain_deadline;
-    tracing::info!(?deadline, "draining: no new connections");
-    node.mesh.pods().iter().for_each(|(pod, _)| pod.pool.drain());
-    if let DrainEnd::Expired = trigger.begin(deadline).await {
-        tracing::info!("the drain's deadline has passed: open connections are reset");
-    }
-    serving.abort();
-    Ok(())
-}
-
-/// Follows the file and looks after the pods until the agent is told to stop.
-async fn follow(
-    node: &Node,
-    news: &News,
-    mut enrolment: Enrolment,
-    mut source: Option<FileSource>,
-    mut requests: Option<mpsc::Receiver<zds::Request>>,
-    mut stopped: mpsc::Receiver<()>,
-    starting: Vec<OpenTask>,
-) -> anyhow::Result<()> {
-    let (mut terminate, mut interrupt) =
-        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    enrolment.reconcile().await;
-    drop(starting);
-    tracing::info!(node = %node.name, version = env!("CARGO_PKG_VERSION"), "culvert is up");
-    let mut look_after = tokio::time::interval(LOOK_AFTER_PODS);
-    look_after.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            update = next(&mut source) => match update {
-                FileUpdate::Changed(file) => {
-                    tracing::info!(changes = file.changes.len(), "the mesh file changed");
-                    news.apply(file.changes);
-                    enrolment.follow(file.culvert.pods).await;
-                }
-                FileUpdate::Rejected(error) => {
-                    tracing::error!(%error, "the mesh file stays as it was");
-                }
-            },
-            request = next_request(&mut requests) => enrolment.obey(request).await,
-            _ = look_after.tick() => enrolment.reconcile().await,
-            _ = terminate.recv() => return Ok(()),
-            _ = interrupt.recv() => return Ok(()),
-            _ = stopped.recv() => return Ok(()),
-        }
-    }
-}
-
-/// Never ready without a file.
-async fn next(source: &mut Option<FileSource>) -> FileUpdate {
-    match source {
-        Some(source) => source.next().await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Begins to follow istio-cni, if pods come from there. It is contacted once `synced` is ready.
-fn follow_cni(
-    config: &Config,
-    synced: impl Future<Output = ()> + Send + 'static,
-) -> Option<mpsc::Receiver<zds::Request>> {
-    let path = config.cni.clone()?;
-    let (orders, requests) = mpsc::channel(1);
-    tokio::spawn(async move { zds::run(&path, synced, orders).await });
-    Some(requests)
-}
-
-/// Never ready without istio-cni.
-async fn next_request(requests: &mut Option<mpsc::Receiver<zds::Request>>) -> zds::Request {
-    if let Some(requests) = requests
-        && let Some(request) = requests.recv().await
-    {
-        return request;
-    }
-    std::future::pending().await
+    let sources =
+        Sources { telemetry: node.telemetry.clone(), readiness, log, state: state.clone() };
+    let follower = Follower::new(news, source, signals, stopped);
+    let duty = Duty { state, enrolment, follower, sources, trigger };
+    duty.run(bequest, || synced(&xds), starting).await
 }
 
 fn enrolment_terms(config: &Config) -> Terms {
@@ -217,7 +142,6 @@ async fn close_when(done: impl Future<Output = ()>, task: OpenTask) {
 /// What the sources of the mesh need before there is a node.
 struct Rooms {
     mesh: Arc<Mesh>,
-    capture: Redirection,
     certificates: Arc<Certificates>,
     telemetry: Telemetry,
 }
@@ -225,34 +149,32 @@ struct Rooms {
 fn rooms(config: &Config, settings: &MeshSettings, first: &MeshFile) -> anyhow::Result<Rooms> {
     let mesh = Mesh::new(Snapshot::default()).tunnelling(config.same_node.tunnelled.clone());
     let mesh = Arc::new(mesh);
-    let capture = match config.redirect {
-        Redirect::Ebpf => Redirection::Ebpf(Arc::new(start_capture(config, first)?)),
-        Redirect::Cni => Redirection::Cni,
-    };
     let certificates = Arc::new(certificates::start(config, settings, first, &mesh)?);
-    if let Some(logs) = capture.logs() {
-        tokio::spawn(logs.forward());
-    }
     let version = Some(config.istio_version.to_string());
     let telemetry = Telemetry::new(version, Some(&Handle::current()));
-    Ok(Rooms { mesh, capture, certificates, telemetry })
+    Ok(Rooms { mesh, certificates, telemetry })
 }
 
 fn make_node(
     config: &Config,
     settings: &MeshSettings,
     rooms: Rooms,
+    capture: Redirection,
     fetch: Option<Arc<dyn Fetch>>,
 ) -> anyhow::Result<Node> {
+    if let Some(logs) = capture.logs() {
+        tokio::spawn(logs.forward());
+    }
     let upstreams = name_servers();
     let own = upstreams.as_ref().map(Upstreams::own).transpose()?;
-    let direct = make_direct(config, settings, &rooms, fetch.is_some());
+    let direct = make_direct(config, settings, &rooms, &capture, fetch.is_some());
     Ok(Node {
         direct,
         name: config.node.clone(),
         network: settings.network.clone(),
         mesh: rooms.mesh,
-        capture: rooms.capture,
+        own: OnceLock::new(),
+        capture,
         certificates: rooms.certificates,
         dns: config.dns.as_ref().map(|dns| make_dns(config, dns, upstreams)).transpose()?,
         resolver: own,
@@ -276,6 +198,7 @@ fn make_direct(
     config: &Config,
     settings: &MeshSettings,
     rooms: &Rooms,
+    capture: &Redirection,
     on_demand: bool,
 ) -> Option<Direct> {
     let same_node = &config.same_node;
@@ -292,7 +215,7 @@ fn make_direct(
         per_pod: same_node.verdicts_per_pod as usize,
         admit_time: same_node.admit_time,
     };
-    let (capture, certificates) = (rooms.capture.clone(), rooms.certificates.clone());
+    let (capture, certificates) = (capture.clone(), rooms.certificates.clone());
     let direct = Direct::new(capture, certificates, terms, same_node.irrevocable)?;
     direct.follow(&rooms.mesh);
     Some(direct)
@@ -336,7 +259,8 @@ fn start_log(config: &Config) -> anyhow::Result<LogControl> {
     Ok(logging.control)
 }
 
-fn start_capture(config: &Config, first: &MeshFile) -> anyhow::Result<Capture> {
+/// How the kernel programs capture here.
+fn capture_options(config: &Config, first: &MeshFile) -> anyhow::Result<CaptureOptions> {
     let node = match &first.culvert.node_netns {
         Some(path) => Netns::open(path).context("culvert.nodeNetns")?,
         None => Netns::current()?,
@@ -346,7 +270,7 @@ fn start_capture(config: &Config, first: &MeshFile) -> anyhow::Result<Capture> {
         true => LevelFilter::DEBUG,
         false => LevelFilter::OFF,
     };
-    let options = CaptureOptions {
+    Ok(CaptureOptions {
         cgroup: config.cgroup.clone(),
         pin_path: config.pin_path.clone(),
         node: node.cookie(),
@@ -354,8 +278,7 @@ fn start_capture(config: &Config, first: &MeshFile) -> anyhow::Result<Capture> {
         max_verdicts: MAX_VERDICTS,
         max_direct: MAX_DIRECT,
         log_level,
-    };
-    Capture::start(&options).context("cannot start capture")
+    })
 }
 
 fn tunnel_settings(config: &Config) -> hbone::Settings {

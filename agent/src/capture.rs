@@ -8,6 +8,7 @@
 
 mod detach;
 pub mod direct;
+mod inheritance;
 mod links;
 mod logs;
 mod maps;
@@ -37,6 +38,7 @@ use tracing::level_filters::LevelFilter;
 pub use culvert_core::tables::{NetnsCookie, PodSpec, VerdictId};
 pub use detach::{DetachReport, detach};
 pub use direct::Direct;
+pub use inheritance::is_unattended;
 pub use logs::{KERNEL_LOG, KernelLogs};
 pub use maps::MapCounts;
 pub use netns::{DnsSockets, ListenOptions, Listeners, Marks, Netns, NetnsError};
@@ -167,8 +169,11 @@ impl Capture {
     /// Pods that it enrolled stay enrolled, and refuse connections until [`Capture::enrol`] gives
     /// them listeners again.
     pub fn start(options: &CaptureOptions) -> Result<Capture, CaptureError> {
+        Capture::start_on(Pins::open(&options.pin_path)?, options)
+    }
+
+    fn start_on(pins: Pins, options: &CaptureOptions) -> Result<Capture, CaptureError> {
         object::check_features()?;
-        let pins = Pins::open(&options.pin_path)?;
         let adopted = pins.pods()?;
         let fresh_maps = pins.discard_foreign_maps(options.abi())?;
         let loader = Loader::new(options, &pins)?;

@@ -64,6 +64,11 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Where maps and links are pinned, under a bpffs (`--pin-path`, `CULVERT_PIN_PATH`).
     pub pin_path: PathBuf,
+    /// Where a running agent is asked to hand over (`CULVERT_HANDOVER`); `None` when that is switched
+    /// off, or packet rules redirect, with which two agents share the pods anyway.
+    pub handover: Option<PathBuf>,
+    /// Who ended is started again (`KUBERNETES_SERVICE_HOST`).
+    pub in_kubernetes: bool,
     /// A cgroup2 directory to attach to (`--cgroup`, `CULVERT_CGROUP`).
     pub cgroup: PathBuf,
     pub servers: Servers,
@@ -73,6 +78,8 @@ pub struct Config {
     /// How long connections may go on after shutdown began (`CONNECTION_TERMINATION_DEADLINE`,
     /// `TERMINATION_GRACE_PERIOD_SECONDS`).
     pub drain_deadline: Duration,
+    /// The same once another agent takes new connections: the longer of the two.
+    pub handed_over_deadline: Duration,
     /// Kernel keepalive of dialled and captured sockets; `None` when switched off.
     pub keepalive: Option<Keepalive>,
     /// `TCP_USER_TIMEOUT` follows the keepalive settings (`USER_TIMEOUT_ENABLED`).

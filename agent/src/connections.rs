@@ -67,18 +67,31 @@ pub enum Protocol {
     Hbone,
     Tcp,
     DoubleHbone,
+    /// Between two pods of this node: as a tunnel to its ends, and on no wire.
+    Local,
     /// TCP from application to application, carried by the kernel.
     Direct,
 }
 
 impl Protocol {
-    /// As dumps show it.
+    /// As the configuration dump shows it. Both ends of a local connection are known by their
+    /// identities, which clients of the dump take no other word for.
     pub fn name(self) -> &'static str {
         match self {
-            Protocol::Hbone => "HBONE",
+            Protocol::Hbone | Protocol::Local => "HBONE",
             Protocol::Tcp => "TCP",
             Protocol::DoubleHbone => "DOUBLEHBONE",
             Protocol::Direct => "DIRECT",
+        }
+    }
+
+    /// As Culvert's own view shows it.
+    pub fn own_name(self) -> &'static str {
+        match self {
+            Protocol::Local => "LOCAL",
+            Protocol::Hbone | Protocol::Tcp | Protocol::DoubleHbone | Protocol::Direct => {
+                self.name()
+            }
         }
     }
 }

@@ -16,7 +16,22 @@ pub fn drain() -> (DrainTrigger, DrainWatch) {
 /// Begins the drain and waits for its end.
 #[derive(Debug)]
 pub struct DrainTrigger {
-    begun: watch::Sender<Option<Instant>>,
+    begun: watch::Sender<Option<Begun>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Begun {
+    deadline: Instant,
+    queued: Queued,
+}
+
+/// Whose the connections are that wait in the queues of listeners when the drain begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Queued {
+    /// Nobody else's: they are still taken.
+    Taken,
+    /// Another agent's, which has the same listeners.
+    Left,
 }
 
 /// How a drain ended.
@@ -32,11 +47,21 @@ impl DrainTrigger {
     /// Tells all watches that they have `grace` to finish, and waits until they are dropped or the
     /// time is over. A second call can only shorten the time.
     pub async fn begin(&self, grace: Duration) -> DrainEnd {
-        let wanted = Instant::now() + grace;
-        let mut deadline = wanted;
+        self.begin_with(grace, Queued::Taken).await
+    }
+
+    /// The same, when another agent goes on with the listeners.
+    pub async fn hand_over(&self, grace: Duration) -> DrainEnd {
+        self.begin_with(grace, Queued::Left).await
+    }
+
+    async fn begin_with(&self, grace: Duration, queued: Queued) -> DrainEnd {
+        let wanted = Begun { deadline: Instant::now() + grace, queued };
+        let mut deadline = wanted.deadline;
         self.begun.send_modify(|begun| {
-            deadline = begun.map_or(wanted, |earlier| earlier.min(wanted));
-            *begun = Some(deadline);
+            let first = begun.unwrap_or(wanted);
+            deadline = first.deadline.min(deadline);
+            *begun = Some(Begun { deadline, ..first });
         });
         match timeout_at(deadline, self.begun.closed()).await {
             Ok(()) => DrainEnd::Complete,
@@ -49,7 +74,7 @@ impl DrainTrigger {
 /// pointer.
 #[derive(Clone, Debug)]
 pub struct DrainWatch {
-    begun: watch::Receiver<Option<Instant>>,
+    begun: watch::Receiver<Option<Begun>>,
 }
 
 impl DrainWatch {
@@ -58,16 +83,21 @@ impl DrainWatch {
     /// A trigger that was dropped without beginning counts as a drain without grace.
     pub async fn begun(&mut self) -> Instant {
         match self.begun.wait_for(Option::is_some).await {
-            Ok(deadline) => deadline.unwrap_or_else(Instant::now),
+            Ok(begun) => begun.map_or_else(Instant::now, |begun| begun.deadline),
             Err(_) => Instant::now(),
         }
+    }
+
+    /// What becomes of queued connections, once the drain has begun.
+    pub fn queued(&self) -> Queued {
+        self.begun.borrow().map_or(Queued::Taken, |begun| begun.queued)
     }
 
     /// Waits until the drain's deadline: cut what is left. Follows a deadline brought forward.
     pub async fn expired(&mut self) {
         let mut deadline = self.begun().await;
         while let Ok(Ok(())) = timeout_at(deadline, self.begun.changed()).await {
-            deadline = self.begun.borrow().unwrap_or(deadline);
+            deadline = self.begun.borrow().map_or(deadline, |begun| begun.deadline);
         }
         tokio::time::sleep_until(deadline).await;
     }

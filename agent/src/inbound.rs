@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio::net::TcpListener;
 
-use crate::accept::accept_until;
+use crate::accept::{accept_until, ended};
 use crate::drain::DrainWatch;
 use crate::node::Node;
 use crate::pods::Pod;
@@ -36,11 +36,4 @@ pub async fn serve_plaintext(
         tokio::spawn(async move { plaintext::carry(&node, &pod, tcp, peer, drain).await });
     })
     .await;
-}
-
-async fn ended(pod: &Pod, mut drain: DrainWatch) {
-    tokio::select! {
-        _ = drain.begun() => {}
-        () = pod.is_closed() => {}
-    }
 }

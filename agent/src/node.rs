@@ -36,6 +36,8 @@ pub struct Node {
     /// The network that this node's addresses belong to.
     pub network: Arc<str>,
     pub mesh: Arc<Mesh>,
+    /// The agent's own pod, once it is served as one of the mesh.
+    pub own: OnceLock<Arc<Pod>>,
     pub capture: Redirection,
     pub certificates: Arc<Certificates>,
     /// What the kernel carries by itself; `None` where that is nothing.

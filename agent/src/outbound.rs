@@ -12,7 +12,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::accept::{accept_until, reset, tune};
+use crate::accept::{accept_until, ended, reset, tune};
 use crate::capture::{Original, VerdictId};
 use crate::decide::decide_for;
 use crate::drain::DrainWatch;
@@ -26,13 +26,7 @@ mod tunnel;
 
 /// Serves the captured connections of `pod` until it leaves or the agent drains.
 pub async fn serve(node: Arc<Node>, pod: Arc<Pod>, listener: TcpListener, drain: DrainWatch) {
-    let mut draining = drain.clone();
-    let end = async {
-        tokio::select! {
-            _ = draining.begun() => {}
-            () = pod.is_closed() => {}
-        }
-    };
+    let end = ended(&pod, drain.clone());
     accept_until(&listener, end, |client, peer| {
         let (node, pod, drain) = (node.clone(), node.successor(&pod), drain.clone());
         tokio::spawn(async move { carry(&node, &pod, client, peer, drain).await });

@@ -71,6 +71,8 @@ pub struct Pod {
     pub netns: Arc<Netns>,
     /// Its tunnels to other nodes and to waypoints.
     pub pool: Pool,
+    /// Whether its application sees the addresses of clients.
+    pub keeps_clients: bool,
     leaving: CancellationToken,
     closed: CancellationToken,
     gone: CancellationToken,
@@ -79,10 +81,16 @@ pub struct Pod {
 impl Pod {
     pub fn new(uid: Arc<str>, claim: Claim, netns: Arc<Netns>, pool: Pool) -> Self {
         let (leaving, closed, gone) = Default::default();
-        Self { uid, claim, netns, pool, leaving, closed, gone }
+        Self { uid, claim, netns, pool, keeps_clients: true, leaving, closed, gone }
     }
 
-    /// It takes no new streams on its tunnels; peers are told to go elsewhere.
+    /// The agent's own: no route there leads answers to clients' addresses back to the agent.
+    pub fn of_agent(claim: Claim, netns: Arc<Netns>, pool: Pool) -> Self {
+        Self { keeps_clients: false, ..Self::new(claim.to_string().into(), claim, netns, pool) }
+    }
+
+    /// It opens no further tunnels. Those of its peers, and its listeners, still take what is sent by
+    /// who does not know yet.
     pub fn leave(&self) {
         self.leaving.cancel();
         self.pool.drain();
@@ -93,7 +101,7 @@ impl Pod {
         self.leaving.is_cancelled()
     }
 
-    /// Its listeners close once their queues are empty.
+    /// Its listeners close once their queues are empty, and its peers are told to go elsewhere.
     pub fn close(&self) {
         self.closed.cancel();
     }
@@ -103,11 +111,6 @@ impl Pod {
         self.gone.cancel();
         self.leave();
         self.close();
-    }
-
-    /// Ready when [`Pod::leave`] was called.
-    pub async fn left(&self) {
-        self.leaving.cancelled().await;
     }
 
     /// Ready when [`Pod::close`] was called.

@@ -32,6 +32,14 @@ pub async fn recheck(node: Arc<Node>) {
                 }
             }
         }
+        if let Some(own) = node.own.get()
+            && let Some(local) = own.claim.find(&current)
+            && !judges_alike(&judged, &current, &local.uid)
+        {
+            for entry in node.connections.inbound_of(&own.uid) {
+                judge(&current, &local.uid, &entry);
+            }
+        }
         (judged, known) = (current, pods);
     }
 }

@@ -36,7 +36,7 @@ pub use context::{
 pub use dns::{DnsMetrics, DnsSource};
 pub use open::OpenConnection;
 pub use readings::{
-    CertificateReading, DirectReading, KernelReading, SourceReading, TunnelReading,
+    CertificateReading, DirectReading, IdentityReading, KernelReading, SourceReading, TunnelReading,
 };
 pub use series::ByteCounters;
 pub use transport::TransportFacts;
@@ -71,8 +71,36 @@ struct Inner {
     rejudged: Counter,
     crl_rejected: Family<[(&'static str, &'static str); 1], Counter>,
     crl_untracked: Family<[(&'static str, &'static str); 1], Counter>,
+    handovers: Family<[(&'static str, &'static str); 1], Counter>,
     pods: PodMetrics,
     xds: XdsMetrics,
+}
+
+/// What became of a hand-over between two agents, seen from this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handover {
+    /// This agent took over.
+    Taken,
+    /// This agent handed over.
+    Given,
+    /// This agent made room for one that could not take over what it had.
+    LetGo,
+    /// It failed, and this agent goes on.
+    Failed,
+}
+
+impl Handover {
+    const ALL: [Handover; 4] =
+        [Handover::Taken, Handover::Given, Handover::LetGo, Handover::Failed];
+
+    fn label(self) -> &'static str {
+        match self {
+            Handover::Taken => "taken",
+            Handover::Given => "given",
+            Handover::LetGo => "let_go",
+            Handover::Failed => "failed",
+        }
+    }
 }
 
 /// The pods that are enrolled on this node, as `workload_manager_*`.
@@ -84,6 +112,16 @@ pub struct PodMetrics {
     pub pending: Gauge,
     pub started: Counter,
     pub stopped: Counter,
+    /// Requests of istio-cni that were answered with an error.
+    pub refused: Counter,
+    lost: Family<[(&'static str, &'static str); 1], Counter>,
+}
+
+impl PodMetrics {
+    /// Counts a connection to istio-cni that ended or did not begin. `reason`: one of a closed set.
+    pub fn lost(&self, reason: &'static str) {
+        self.lost.get_or_create(&[("reason", reason)]).inc();
+    }
 }
 
 impl Telemetry {
@@ -132,6 +170,7 @@ impl Telemetry {
             rejudged: Counter::default(),
             crl_rejected: Family::default(),
             crl_untracked: Family::default(),
+            handovers: Family::default(),
             pods: PodMetrics::default(),
             xds: XdsMetrics::default(),
             registry: Mutex::default(),
@@ -200,6 +239,11 @@ impl Telemetry {
         self.0.crl_untracked.get_or_create(&[("reporter", reporter.label())]).inc();
     }
 
+    /// Counts a hand-over between two agents.
+    pub fn handover(&self, outcome: Handover) {
+        self.0.handovers.get_or_create(&[("result", outcome.label())]).inc();
+    }
+
     pub fn pods(&self) -> &PodMetrics {
         &self.0.pods
     }
@@ -233,6 +277,11 @@ impl Telemetry {
         &self,
         read: impl Fn() -> Vec<CertificateReading> + Send + Sync + 'static,
     ) {
+        self.watch(read);
+    }
+
+    /// Adds how many identities have certificates, read at each scrape.
+    pub fn watch_identities(&self, read: impl Fn() -> IdentityReading + Send + Sync + 'static) {
         self.watch(read);
     }
 
@@ -294,6 +343,14 @@ impl Inner {
             "Connections that no later revocation can reach",
             self.crl_untracked.clone(),
         );
+        for outcome in Handover::ALL {
+            let _present = self.handovers.get_or_create(&[("result", outcome.label())]);
+        }
+        registry.register(
+            "culvert_handovers",
+            "Hand-overs between this agent and another one",
+            self.handovers.clone(),
+        );
         self.xds.register(registry);
         let pods = &self.pods;
         let prefix = "workload_manager";
@@ -309,6 +366,16 @@ impl Inner {
         ] {
             registry.register(format!("{prefix}_{name}"), help, counter.clone());
         }
+        registry.register(
+            "culvert_cni_refused_requests",
+            "Requests of istio-cni that were answered with an error",
+            pods.refused.clone(),
+        );
+        registry.register(
+            "culvert_cni_connection_terminations",
+            "Connections to istio-cni that ended, and attempts that failed",
+            pods.lost.clone(),
+        );
     }
 }
 

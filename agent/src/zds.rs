@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use tokio_seqpacket::UnixSeqpacket;
 
 pub use packet::Packet;
-pub use protocol::{Conversation, Fault, Order, PodInfo};
+pub use protocol::{Conversation, Fault, Loss, Order, PodInfo};
 
 use packet::PacketError;
 
@@ -58,6 +58,20 @@ enum End {
     Ended,
 }
 
+impl End {
+    /// `None` when the agent ends.
+    fn loss(&self) -> Option<Loss> {
+        Some(match self {
+            End::Connect(_) => Loss::Unreachable,
+            End::Closed => Loss::Closed,
+            End::Broken(_) => Loss::Broken,
+            End::Fault(_) => Loss::Fault,
+            End::TooSlow => Loss::TooSlow,
+            End::Ended => return None,
+        })
+    }
+}
+
 /// Follows istio-cni until nobody takes its orders any more.
 ///
 /// It is not contacted before `synced` is ready: a pod whose workload cannot be known yet is better
@@ -79,17 +93,17 @@ pub async fn run(path: &Path, synced: impl Future<Output = ()>, orders: mpsc::Se
             (pause, told) = (FIRST_PAUSE, String::new());
         }
         let text = end.to_string();
-        match end {
-            End::Ended => return,
+        let Some(loss) = end.loss() else { return };
+        match loss {
             // Said once for as long as it stays so.
-            End::Connect(_) if text == told => {}
-            End::Connect(_) | End::Closed => tracing::info!(path = %path.display(), "{text}"),
-            End::Broken(_) | End::Fault(_) | End::TooSlow => {
+            Loss::Unreachable if text == told => {}
+            Loss::Unreachable | Loss::Closed => tracing::info!(path = %path.display(), "{text}"),
+            Loss::Broken | Loss::Fault | Loss::TooSlow => {
                 tracing::error!(path = %path.display(), "{text}");
             }
         }
         told = text;
-        if let Err(End::Ended) = session.carry_out(Order::Lost).await {
+        if let Err(End::Ended) = session.carry_out(Order::Lost(loss)).await {
             return;
         }
         tokio::time::sleep(pause).await;

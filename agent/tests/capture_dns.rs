@@ -12,7 +12,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::AsRawFd;
 
 use culvert_abi::DNS_PORT;
-use culvert_agent::capture::{Capture, Listeners, PodSpec};
+use culvert_agent::capture::{Capture, ListenOptions, Listeners, PodSpec};
 use lab::*;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -423,4 +423,25 @@ fn a_disconnected_socket_asks_anew() {
     // SAFETY: the address outlives the call and is as long as said.
     assert_eq!(unsafe { libc::connect(socket.as_raw_fd(), &nowhere, length) }, 0);
     mesh.expect_answer_unconnected(&socket, "192.0.2.54:53");
+}
+
+#[test]
+fn listeners_are_shared_only_where_that_is_allowed() {
+    let node = Node::new();
+    let pod = node.pod();
+    let listen = |share_ports| {
+        let options = ListenOptions { share_ports, ..ListenOptions::default() };
+        pod.netns.listen_for_dns(&[pod.v4, pod.v6], DNS_PORT, options)
+    };
+    let shared = [listen(true).unwrap(), listen(true).unwrap()];
+    let error = listen(false).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::AddrInUse);
+    assert!(error.to_string().contains("127.0.0.1:15053"), "{error}");
+    drop(shared);
+    let alone = listen(false).unwrap();
+    assert_eq!((alone.udp.len(), alone.tcp.len()), (4, 4));
+    listen(true).unwrap_err();
+    listen(false).unwrap_err();
+    drop(alone);
+    listen(false).unwrap();
 }

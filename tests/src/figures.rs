@@ -36,7 +36,8 @@ impl Figures {
     pub fn of(agent: &Agent) -> Result<Self> {
         let descriptors = descriptors(agent)?;
         let mut entries = BTreeMap::new();
-        for map in MAPS {
+        // Where packet rules lead connections to the agent, it has no maps.
+        for map in MAPS.into_iter().filter(|_| agent.pin_path().exists()) {
             let path = agent.pin_path().join("maps").join(map);
             entries.insert(map.to_owned(), map_entries(&path)?);
         }

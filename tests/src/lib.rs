@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod cluster;
 pub mod cni;
 pub mod control;
 pub mod direct;
@@ -18,7 +19,9 @@ use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use culvert_lab::mesh::Running;
+use culvert_lab::mesh::{Mesh, Running};
+
+use cni::{IstioCni, PodRules};
 
 pub mod expect;
 
@@ -29,6 +32,29 @@ pub const LIMIT: Duration = Duration::from_secs(5);
 pub fn binary() -> PathBuf {
     let built = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/debug/culvert");
     std::env::var_os("CULVERT_BIN").map_or_else(|| built.into(), PathBuf::from)
+}
+
+/// An empty mesh. With `CULVERT_TEST_REDIRECT=cni` its pods are enrolled by istio-cni, and its packet
+/// rules lead connections to the agents in place of the kernel programs.
+pub fn mesh() -> Mesh {
+    redirected(|_| PodRules::default())
+}
+
+/// The same, whose pods' questions for names the agents answer if they are told to.
+pub fn mesh_with_names() -> Mesh {
+    redirected(|_| PodRules { names: true, ..PodRules::default() })
+}
+
+fn redirected(rules: fn(&str) -> PodRules) -> Mesh {
+    match is_by_rules() {
+        true => Mesh::new().enrolled_by(IstioCni::by_rules(rules)),
+        false => Mesh::new(),
+    }
+}
+
+/// Whether packet rules lead connections to the agents of a [`mesh`].
+pub fn is_by_rules() -> bool {
+    std::env::var("CULVERT_TEST_REDIRECT").is_ok_and(|redirect| redirect == "cni")
 }
 
 /// Serves every connection to `port` in `pod` on a thread of its own, for the rest of the test.

@@ -33,6 +33,8 @@ pub const ALL: &[Parser] = &[
     Parser { name: "discovery", run: control::discovery },
     Parser { name: "certificate_answer", run: control::certificate_answer },
     Parser { name: "zds_packets", run: control::zds_packets },
+    // From another agent of the node.
+    Parser { name: "handover_packets", run: control::handover_packets },
     // From the operator.
     Parser { name: "mesh_file", run: operator::mesh_file },
     Parser { name: "settings", run: operator::settings },

@@ -76,6 +76,11 @@ impl Forge {
         Ok(Self(Issuer::new(params, KeyPair::generate()?)))
     }
 
+    /// A list (PEM) of revoked serial numbers, big-endian bytes.
+    pub fn revoke(&self, serials: &[Vec<u8>]) -> String {
+        crate::control::ca::revocation_list(&self.0, serials)
+    }
+
     fn sign(
         &self,
         leaf: &Leaf,

@@ -14,7 +14,7 @@ use culvert_tests::{binary, call, connect, echo, serve, who};
 /// Clients of three identities and one without, and two servers for each of them to call: one on
 /// their own node, one on another.
 fn mesh(servers: &[(&str, &str)]) -> Mesh {
-    let mut mesh = Mesh::new()
+    let mut mesh = culvert_tests::mesh()
         .node("a")
         .pod("front", "web", "front")
         .pod("back", "web", "back")

@@ -184,6 +184,7 @@ async fn wrong_answers_are_refused_with_their_reason_and_asked_for_again() {
         );
         assert!(text.starts_with(&begin) && text.contains(part), "{row}: {text}");
         assert_eq!(cache.states()[0].state.to_string(), format!("Unavailable: {text}"));
+        assert_eq!(cache.failed_requests(), 1);
         let certificate = fetched(&cache, row).await;
         assert_eq!(certificate.identity(), &id(row));
         let asked = &scene.ca.asked()[asked..];

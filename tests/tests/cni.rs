@@ -3,16 +3,19 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use culvert_lab::agent::Agent;
 use culvert_lab::mesh::{Match, Mesh, PodSpec, PolicySpec, Running, ServiceSpec};
 use culvert_lab::wait;
-use culvert_tests::cni::{self, Add, Arrangement, Listening, Town};
-use culvert_tests::expect::{is_refused, rule};
+use culvert_tests::cni::{self, Add, Arrangement, Listening, PodRules, Town};
+use culvert_tests::expect::{counted, is_refused, logged, rule};
 use culvert_tests::load::{Load, TEXT};
 use culvert_tests::{LIMIT, call, connect, echo, exchange, figures, serve, who};
 
@@ -51,6 +54,7 @@ with_istio_cni![
     pods_are_served_before_their_workload_is_known,
     the_address_of_probes_is_of_no_use_to_pods,
     guests_of_a_pod_call_as_the_pod,
+    a_pod_that_bypasses_inbound_capture_takes_tunnels_all_the_same,
 ];
 
 fn strict() -> PolicySpec {
@@ -324,7 +328,7 @@ fn ports_of_the_agent_are_nobodys_destination(arrangement: Arrangement) {
 }
 
 fn restarted_istio_cni_changes_nothing(arrangement: Arrangement) {
-    let mut town = town(arrangement);
+    let town = town(arrangement);
     let [a, _b] = agents(&town);
     let mut live: Vec<TcpStream> = ["near", "far"]
         .iter()
@@ -334,7 +338,7 @@ fn restarted_istio_cni_changes_nothing(arrangement: Arrangement) {
     let load = Load::start(&town.mesh, "client", &both(&town.mesh, "near"), 1);
     for without in [&[][..], &["near", "client"]] {
         town.restart_cni("a", without).unwrap();
-        wait::until("the agent to come back", wait::SOON, || town.cni("a").agents() == 1).unwrap();
+        wait::until("the agent to come back", wait::SOON, || town.cni().agents("a") == 1).unwrap();
         load.wait_answered(20).unwrap();
         live.iter_mut().for_each(|stream| say(stream).unwrap());
         assert_eq!(figures::enrolled(&a).unwrap().len(), 2);
@@ -352,11 +356,10 @@ fn line_of(listening: &mut Listening) -> cni::Line {
 }
 
 /// An agent on node `a` that the test itself tells of pods.
-fn told_by_hand(town: &mut Town) -> (Agent, Listening) {
-    let options = town.options("a");
+fn told_by_hand(town: &Town) -> (Agent, Listening) {
     let path = town.mesh.lab().state().join("a.sock");
     let listening = Listening::bind(&path).unwrap();
-    (Agent::start(town.mesh.lab(), town.mesh.node("a"), &options).unwrap(), listening)
+    (town.mesh.start_agent("a", &town.options()).unwrap(), listening)
 }
 
 fn is_listening(town: &Town, pod: &str) -> bool {
@@ -374,8 +377,8 @@ fn has_enrolled(agent: &Agent, count: usize) {
 }
 
 fn snapshots_decide_which_pods_stay(arrangement: Arrangement) {
-    let mut town = town(arrangement);
-    let (mut a, mut listening) = told_by_hand(&mut town);
+    let town = town(arrangement);
+    let (mut a, mut listening) = told_by_hand(&town);
     let (client, near) = (town.add_of("client"), town.add_of("near"));
     // Z2, Z3: a pod is served when it is acknowledged, and twice is as good as once.
     let line = line_of(&mut listening);
@@ -423,8 +426,8 @@ fn snapshots_decide_which_pods_stay(arrangement: Arrangement) {
 }
 
 fn faults_of_istio_cni_cut_no_connection(arrangement: Arrangement) {
-    let mut town = town(arrangement);
-    let (mut a, mut listening) = told_by_hand(&mut town);
+    let town = town(arrangement);
+    let (mut a, mut listening) = told_by_hand(&town);
     let pods = ["client", "near"].map(|pod| town.add_of(pod));
     let told = |line: &cni::Line| {
         for add in &pods {
@@ -462,11 +465,39 @@ fn faults_of_istio_cni_cut_no_connection(arrangement: Arrangement) {
         line = line_of(&mut listening);
         told(&line);
     }
+    let count = faults.len() as f64;
+    counted(&a, "culvert_cni_connection_terminations_total", &["reason=\"fault\""], count).unwrap();
     // What is not a network namespace is no fault of the protocol.
-    for file in [null, Arc::new(std::fs::File::open("/proc/self/ns/mnt").unwrap())] {
-        let told = line.ask(&add, &[file]).unwrap();
+    let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let path_only = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH)
+        .open(town.mesh.pod("near").place().netns().path());
+    let others = [
+        null,
+        Arc::new(File::open("/proc/self/ns/mnt").unwrap()),
+        Arc::new(File::from(OwnedFd::from(socket))),
+        Arc::new(path_only.unwrap()),
+    ];
+    for file in &others {
+        let told = line.ask(&add, std::slice::from_ref(file)).unwrap();
         assert_eq!(told, "failure to start proxy : the descriptor is not a network namespace");
     }
+    let told = line.ask(&add, &[town.mesh.node("a").place().netns().file()]).unwrap();
+    assert_eq!(
+        told,
+        "failure to start proxy : the descriptor is the agent's own network namespace"
+    );
+    counted(&a, "culvert_cni_refused_requests_total", &[], others.len() as f64 + 1.0).unwrap();
+    logged(&a, &["cannot enrol pod", "pod=s/n", "is not a network namespace"]).unwrap();
+    // A namespace that nobody has any more is one still: it is served until istio-cni says otherwise.
+    let gone =
+        culvert_lab::netns::Netns::create(&format!("{}-gone", town.mesh.lab().name())).unwrap();
+    let file = gone.file();
+    culvert_lab::netns::delete(gone.name()).unwrap();
+    assert_eq!(line.ask(&add, &[file]).unwrap(), "");
+    has_enrolled(&a, 3);
+    assert_eq!(line.del("u").unwrap(), "");
     live.into_iter().for_each(finish);
     assert_answered(&town.mesh, "client", &["near"]);
     wait::until_some("no descriptor more", wait::SOON, || {
@@ -477,11 +508,11 @@ fn faults_of_istio_cni_cut_no_connection(arrangement: Arrangement) {
 }
 
 fn taken_port_is_tried_again(arrangement: Arrangement) {
-    let mut town = town(arrangement);
+    let town = town(arrangement);
     let squatter = town.mesh.pod("near").place().run(|| {
         std::net::TcpListener::bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, 15008))).unwrap()
     });
-    let (mut a, mut listening) = told_by_hand(&mut town);
+    let (mut a, mut listening) = told_by_hand(&town);
     let line = line_of(&mut listening);
     assert_eq!(line.add(&town.add_of("client")).unwrap(), "");
     let refused = line.add(&town.add_of("near")).unwrap();
@@ -577,5 +608,34 @@ fn guests_of_a_pod_call_as_the_pod(arrangement: Arrangement) {
         assert_eq!(call(mesh, "guest", to, "hello").unwrap(), "hello", "{name}");
         let service = (mesh.service(name)[0], 80);
         assert_eq!(call(mesh, "guest", service, "hello").unwrap(), "hello", "{name}");
+    }
+}
+
+/// Row R14: istio-cni's annotation leaves out the rules for what comes from elsewhere.
+fn a_pod_that_bypasses_inbound_capture_takes_tunnels_all_the_same(arrangement: Arrangement) {
+    let rules = |pod: &str| PodRules { inbound: pod != "near", ..PodRules::default() };
+    let mesh = Mesh::new()
+        .node("a")
+        .pod("client", "web", "client")
+        .pod("near", "shop", "server")
+        .pod_with(PodSpec::unknown("stranger"))
+        .node("b")
+        .pod("far", "web", "far")
+        .policy(strict());
+    let town = Town::start_with(mesh, arrangement, rules).unwrap();
+    let mesh = &town.mesh;
+    serve(mesh, "near", PORT, echo).unwrap();
+    let _agents = agents(&town);
+    assert_answered(mesh, "client", &["near"]);
+    assert_answered(mesh, "far", &["near"]);
+    for to in both(mesh, "near") {
+        match arrangement {
+            // The rules alone say what the agent sees.
+            Arrangement::Rules => {
+                assert_eq!(call(mesh, "stranger", to, "hello").unwrap(), "hello");
+            }
+            // The kernel programs know of no annotation: what comes in plain is judged.
+            Arrangement::Beside | Arrangement::File => is_refused(mesh, "stranger", to).unwrap(),
+        }
     }
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use culvert_lab::agent::{Agent, AgentOptions};
-use culvert_lab::mesh::{Mesh, PodSpec, Running};
+use culvert_lab::mesh::{PodSpec, Running};
 use culvert_lab::place::Place;
 use culvert_lab::wait;
 use culvert_tests::names::{
@@ -56,7 +56,7 @@ struct Town {
 
 impl Town {
     fn new() -> Town {
-        let mesh = Mesh::new()
+        let mesh = culvert_tests::mesh_with_names()
             .node("a")
             .pod("client", "shop", "client")
             .pod("neighbour", "a", "neighbour")
@@ -364,11 +364,15 @@ fn resolvers_of_the_pod_and_pods_that_are_not_enrolled_are_left_alone() {
     for own in ["127.0.0.53", "127.0.0.11", "::1"] {
         let ip: IpAddr = own.parse().unwrap();
         let local = NameServer::start(town.client(), ip).unwrap();
-        for ask in [ask_udp, ask_connected, ask_tcp] {
+        // Of loopback istio-cni's rules spare 127.0.0.1 alone when the question comes over TCP.
+        let by_tcp = ip.is_ipv6() || !culvert_tests::is_by_rules();
+        let ways = [ask_udp, ask_connected, ask_tcp];
+        let ways = if by_tcp { &ways[..] } else { &ways[..2] };
+        for ask in ways {
             let answer = ask(town.client(), SocketAddr::new(ip, 53), &question).unwrap();
             assert_eq!(told(&answer), "192.0.2.99");
         }
-        assert_eq!(local.asked("www.ext.example").len(), 3, "{own}");
+        assert_eq!(local.asked("www.ext.example").len(), ways.len(), "{own}");
     }
     let server = SocketAddr::new(town.mesh.pod("resolver").v4().into(), 53);
     for ask in [ask_udp, ask_connected, ask_tcp] {

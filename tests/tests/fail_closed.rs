@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use culvert_lab::agent::{Agent, AgentOptions};
-use culvert_lab::mesh::{Mesh, PodSpec, Running};
+use culvert_lab::mesh::{PodSpec, Running};
 use culvert_lab::wait;
 use culvert_lab::wire::Ledger;
 use culvert_tests::direct::through_agent;
@@ -24,7 +24,7 @@ const PORT: u16 = 8080;
 const AT_ONCE: Duration = Duration::from_secs(1);
 
 fn two_nodes() -> Running {
-    let mesh = Mesh::new()
+    let mesh = culvert_tests::mesh()
         .node("a")
         .pod("client", "web", "client")
         .pod("near", "shop", "server")
@@ -181,7 +181,7 @@ fn killed_agent_refuses_between_pods_of_its_node_and_carries_on_afterwards() {
     let tally = load.stop();
     assert_eq!((tally.cut, tally.others.as_slice()), (0, [].as_slice()), "{tally}");
     // The adopted pods are those of before, not twice as many.
-    let entries = |figures: &Figures| figures.entries["cv_pods"];
+    let entries = |figures: &Figures| figures.entries.get("cv_pods").copied();
     assert_eq!(entries(&Figures::of(&a).unwrap()), entries(&start));
 }
 
@@ -210,7 +210,7 @@ fn starting_agent_refuses_what_an_earlier_one_captured() {
     let wire = mesh.wire("a", "b").unwrap();
     let options = AgentOptions::new(&binary(), &mesh.config());
     for _ in 0..3 {
-        let mut a = Agent::start(mesh.lab(), mesh.node("a"), &options).unwrap();
+        let mut a = mesh.start_agent("a", &options).unwrap();
         a.process().signal(libc::SIGSTOP).unwrap();
         for to in both(&mesh, "server") {
             assert_refused(&mesh, "client", to);
@@ -237,7 +237,7 @@ fn agent_that_cannot_start_says_why_and_leaves_its_pods_refused() {
     let broken = edited(&mesh, "serviceAccount:", "serviceAcount:");
     for (config, reason) in [(mesh.config(), "root.key"), (broken, "serviceAcount")] {
         let options = AgentOptions::new(&binary(), &config);
-        let mut a = Agent::start(mesh.lab(), mesh.node("a"), &options).unwrap();
+        let mut a = mesh.start_agent("a", &options).unwrap();
         let ended = wait::until_some("the agent's end", wait::SOON, || {
             a.process().ended().ok_or("it runs")
         });
@@ -355,7 +355,7 @@ fn short_root(directory: &std::path::Path, life: time::Duration) {
 
 #[test]
 fn certificates_are_renewed_at_half_life_under_connections_that_live_on() {
-    let mut mesh = Mesh::new()
+    let mut mesh = culvert_tests::mesh()
         .node("a")
         .pod("client", "web", "client")
         .pod("late", "web", "late")

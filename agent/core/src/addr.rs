@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 /// The port on which every workload of the mesh terminates HBONE.
 pub const HBONE_PORT: u16 = 15008;
@@ -136,6 +136,19 @@ impl fmt::Display for NetworkAddress {
 pub struct NetworkCidr {
     pub network: Arc<str>,
     pub cidr: IpNet,
+}
+
+/// The length of `::ffff:0:0/96`, in which IPv4-mapped addresses lie (RFC 4291 section 2.5.5.2).
+const MAPPED_PREFIX: u8 = 96;
+
+/// A range of IPv4-mapped addresses as the IPv4 range that it stands for; any other as it is.
+///
+/// Addresses are compared without their mapping, so that no connection would ever be in the range
+/// as it was written. A wider range than `::ffff:0:0/96` is one of IPv6 and contains no IPv4.
+pub fn canonical_range(cidr: IpNet) -> IpNet {
+    let IpNet::V6(range) = cidr else { return cidr };
+    let mapped = range.addr().to_ipv4_mapped().zip(range.prefix_len().checked_sub(MAPPED_PREFIX));
+    mapped.and_then(|(addr, length)| Ipv4Net::new(addr, length).ok()).map_or(cidr, IpNet::V4)
 }
 
 /// A hostname as one namespace defines it; the key of a service. Written `namespace/hostname`.

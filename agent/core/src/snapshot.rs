@@ -1,12 +1,10 @@
 //! The mesh as known at one instant: immutable, indexed, cheap to derive from its predecessor.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::{IpNet, Ipv4Net};
-
-use crate::addr::NamespacedHostname;
-use crate::authorization::Authorization;
+use crate::addr::{NamespacedHostname, canonical_range};
+use crate::authorization::{Authorization, Match, PolicyScope};
 use crate::service::{HealthPolicy, Service};
 use crate::workload::{Health, PolicyKey, PortMap, TunnelProtocol, Workload};
 use batch::Batch;
@@ -67,7 +65,7 @@ pub struct Endpoint<'a> {
 impl Snapshot {
     /// The snapshot after `changes`, applied in order. What did not change is shared.
     ///
-    /// IPv4-mapped IPv6 addresses become plain IPv4.
+    /// IPv4-mapped IPv6 addresses and ranges of them become plain IPv4.
     pub fn with(&self, changes: impl IntoIterator<Item = Change>) -> Snapshot {
         let mut next = self.clone();
         let mut workloads = Batch::on(&self.workloads);
@@ -93,7 +91,7 @@ impl Snapshot {
                 Change::Authorization(policy) => {
                     let key = policy.key();
                     let hash = self.policies.by_key.hash(&*key);
-                    policies.insert(hash, policy, |it| it.has_key(&key));
+                    policies.insert(hash, canonical_policy(policy), |it| it.has_key(&key));
                 }
                 Change::RemoveAuthorization(key) => {
                     policies.remove(self.policies.by_key.hash(&*key), |it| it.has_key(&key));
@@ -338,18 +336,21 @@ fn canonical_service(mut service: Service) -> Service {
     service
 }
 
-/// The length of `::ffff:0:0/96`, in which IPv4-mapped addresses lie (RFC 4291 section 2.5.5.2).
-const MAPPED_PREFIX: u8 = 96;
-
-fn canonical_range(cidr: IpNet) -> IpNet {
-    let mapped = |addr: Ipv6Addr| addr.to_ipv4_mapped();
-    match cidr {
-        IpNet::V4(_) => cidr,
-        IpNet::V6(range) => mapped(range.addr())
-            .zip(range.prefix_len().checked_sub(MAPPED_PREFIX))
-            .and_then(|(addr, length)| Ipv4Net::new(addr, length).ok())
-            .map_or(cidr, IpNet::V4),
+/// A policy of no namespace for all of its namespace is for all namespaces, as peers take it.
+fn canonical_policy(mut policy: Authorization) -> Authorization {
+    if policy.scope == PolicyScope::Namespace && policy.namespace.is_empty() {
+        policy.scope = PolicyScope::Global;
     }
+    let clauses = policy.rules.iter_mut().flat_map(|rule| &mut rule.clauses);
+    for one in clauses.flat_map(|clause| &mut clause.matches) {
+        let Match { source_ips, not_source_ips, destination_ips, not_destination_ips, .. } = one;
+        for range in
+            [source_ips, not_source_ips, destination_ips, not_destination_ips].into_iter().flatten()
+        {
+            *range = canonical_range(*range);
+        }
+    }
+    policy
 }
 
 fn is_visible(service: &Service, client_namespace: Option<&str>) -> bool {

@@ -9,7 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
+
+use crate::addr::canonical_range;
 
 mod verdict;
 
@@ -211,13 +213,7 @@ pub fn diff(have: &Tables, want: &Tables) -> Vec<TableChange> {
 
 /// Without host bits, and as IPv4 when it is a range of IPv4-mapped addresses.
 pub fn canonical(cidr: IpNet) -> IpNet {
-    let cidr = cidr.trunc();
-    let IpNet::V6(v6) = cidr else { return cidr };
-    let mapped = v6.addr().to_ipv4_mapped().zip(v6.prefix_len().checked_sub(96));
-    match mapped.map(|(ip, length)| Ipv4Net::new(ip, length)) {
-        Some(Ok(v4)) => IpNet::V4(v4),
-        Some(Err(_)) | None => cidr,
-    }
+    canonical_range(cidr).trunc()
 }
 
 #[cfg(test)]

@@ -17,6 +17,8 @@ pub struct Agent {
     pub node: String,
     pub uptime: std::time::Duration,
     pub source: Source,
+    /// Whom it took over from, or hands over to; `None` when it did neither.
+    pub handover: Option<String>,
     pub kernel: Kernel,
 }
 
@@ -110,7 +112,7 @@ impl ExplainError {
 
 pub(super) fn status(sources: &Sources) -> serde_json::Result<Vec<u8>> {
     let state = &sources.state;
-    let Agent { version, node, uptime, source, kernel } = state.agent();
+    let Agent { version, node, uptime, source, handover, kernel } = state.agent();
     let pending = sources.readiness.pending();
     let snapshot = state.snapshot();
     let pods = state.pods();
@@ -143,6 +145,7 @@ pub(super) fn status(sources: &Sources) -> serde_json::Result<Vec<u8>> {
         "pods": {"enrolled": enrolled, "failed": pods.len() - enrolled},
         "certificates": {"available": available, "unavailable": certificates.len() - available},
         "connections": {"inbound": inbound, "outbound": outbound},
+        "handover": handover,
         "kernel": kernel,
     }))
 }
@@ -229,7 +232,7 @@ impl<'a> ConnectionView<'a> {
                 Direction::Inbound => "inbound",
                 Direction::Outbound => "outbound",
             },
-            protocol: live.protocol.name(),
+            protocol: live.protocol.own_name(),
             src: live.src,
             dst: live.original_dst.as_deref(),
             target: live.actual_dst,

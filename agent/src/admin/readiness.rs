@@ -20,6 +20,9 @@ pub const DNS_PROXY: &str = "dns proxy";
 /// Open until no known pod waits to be enrolled, and again when one does.
 pub const WORKLOAD_PROXY_MANAGER: &str = "workload proxy manager";
 
+/// Open from when another agent has taken over.
+pub const HANDED_OVER: &str = "another agent has taken over";
+
 /// The tasks that stand between the agent and readiness. Cloning copies a pointer.
 #[derive(Clone, Debug, Default)]
 pub struct Readiness(Arc<Mutex<BTreeMap<&'static str, usize>>>);

@@ -53,6 +53,7 @@ impl AdminState for Fixed {
                 loaded_at: Some(time::macros::datetime!(2026-03-01 10:00 UTC)),
                 error: Some("mesh.yaml:3: no such field".to_owned()),
             },
+            handover: None,
             kernel: Kernel {
                 cgroup: "/sys/fs/cgroup".to_owned(),
                 pin_path: "/sys/fs/bpf/culvert".to_owned(),
@@ -121,7 +122,7 @@ struct Running {
 async fn running() -> Running {
     let loopback: SocketAddr = "127.0.0.1:0".parse().unwrap();
     let addresses = AdminAddrs { admin: loopback, stats: loopback, readiness: loopback };
-    let servers = AdminServers::bind(&addresses).await.unwrap();
+    let servers = AdminServers::bind(&addresses, Vec::new()).await.unwrap();
     let (admin, stats, readiness) = servers.addresses().unwrap();
     let state = Arc::new(Fixed::default());
     let Logging { control, flush, dispatch } =
@@ -319,7 +320,7 @@ async fn admin_listens_on_both_loopbacks() {
 #[tokio::test]
 async fn the_wildcard_serves_ipv4_with_and_without_ipv6() {
     let any: SocketAddr = "[::]:0".parse().unwrap();
-    let listener = bind("stats", any).await.unwrap();
+    let listener = bind("stats", any, &mut Given(Vec::new())).await.unwrap();
     let port = listener.local_addr().unwrap().port();
     TcpStream::connect(("127.0.0.1", port)).await.unwrap();
 }
@@ -330,7 +331,7 @@ async fn an_address_in_use_is_named() {
     let address = taken.local_addr().unwrap();
     let free: SocketAddr = "127.0.0.1:0".parse().unwrap();
     let addresses = AdminAddrs { admin: free, stats: address, readiness: free };
-    let error = AdminServers::bind(&addresses).await.unwrap_err().to_string();
+    let error = AdminServers::bind(&addresses, Vec::new()).await.unwrap_err().to_string();
     let expected = format!("the stats server cannot listen on {address}: Address already in use");
     assert!(error.starts_with(&expected), "{error}");
 }
@@ -434,6 +435,7 @@ async fn culverts_own_views_have_their_shapes() {
         "pods": {"enrolled": 1, "failed": 1},
         "certificates": {"available": 0, "unavailable": 0},
         "connections": {"inbound": 1, "outbound": 0},
+        "handover": null,
         "kernel": {"cgroup": "/sys/fs/cgroup", "pinPath": "/sys/fs/bpf/culvert",
                    "programs": [{"name": "culvert_connect4", "id": 12}], "flowEntries": 3, "verdicts": 2},
     });

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use culvert_core::identity::{Identity, TrustDomains};
@@ -9,12 +10,17 @@ use culvert_core::workload::Workload;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use time::OffsetDateTime;
+use tokio::time::Instant;
 
-use crate::ca::{Certificates, EmbeddedCa, IdentitySource, IstioCa};
+use crate::ca::{CertificateState, Certificates, EmbeddedCa, IdentitySource, IstioCa, State};
 use crate::config::{Config, MeshSettings};
 use crate::file::MeshFile;
 use crate::node::Mesh;
 use crate::tls::{CrlFile, Revocations, Trust};
+
+/// How long an agent that takes over waits for the certificates of its pods.
+const FIRST_CERTIFICATES: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Starts the cache, and follows the revocation lists for as long as the runtime runs.
 pub(super) fn start(
@@ -34,6 +40,17 @@ pub(super) fn start(
     };
     let random = StdRng::from_rng(&mut rand::rng());
     Ok(Certificates::start(source, trust, Arc::new(OffsetDateTime::now_utc), random))
+}
+
+/// Ready when there is a mesh, and for each of its identities that this node has a certificate or the
+/// reason why there is none; these are not waited for in vain.
+pub(super) async fn ready(certificates: Arc<Certificates>, synced: impl Future<Output = ()>) {
+    synced.await;
+    let limit = Instant::now() + FIRST_CERTIFICATES;
+    let is_awaited = |state: &CertificateState| matches!(state.state, State::Initializing);
+    while certificates.states().iter().any(is_awaited) && Instant::now() < limit {
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 fn follow_revocations(config: &Config) -> anyhow::Result<Revocations> {

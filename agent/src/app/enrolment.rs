@@ -1,5 +1,6 @@
 //! Makes the enrolled pods those that the mesh file and istio-cni name, again and again.
 
+mod inherited;
 mod leaving;
 mod orders;
 mod wanted;
@@ -11,7 +12,9 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::admin::readiness::{OpenTask, Readiness, WORKLOAD_PROXY_MANAGER};
 use crate::capture::{
@@ -26,6 +29,7 @@ use crate::node::Node;
 use crate::pods::{Claim, Pod};
 use crate::{inbound, outbound};
 
+use inherited::Inherited;
 use leaving::Leaving;
 pub(super) use wanted::Home;
 use wanted::{Handed, Wanted};
@@ -71,6 +75,10 @@ pub(super) struct Enrolment {
     failed: HashMap<Arc<str>, Instant>,
     /// The listeners of pods that left, for as long as these linger.
     leaving: Leaving,
+    /// What another agent gave, until it is used.
+    inherited: Inherited,
+    /// Cancelled when this agent may accept connections, and let pods go.
+    open: CancellationToken,
     /// Namespaces whose name is gone, by pod: refused everything until they have ended.
     ending: HashMap<NetnsCookie, Arc<str>>,
     table: PodTable,
@@ -95,6 +103,7 @@ struct EnrolledPod {
     home: Home,
     spec: PodSpec,
     listeners: Listeners,
+    dns: DnsSockets,
 }
 
 /// A pod that cannot be enrolled; nothing of it is captured, or it is refused everything.
@@ -134,6 +143,8 @@ impl Enrolment {
             enrolled: HashMap::new(),
             failed: HashMap::new(),
             leaving: Leaving::default(),
+            inherited: Inherited::default(),
+            open: CancellationToken::new(),
             ending: HashMap::new(),
             table: PodTable::default(),
             unready,
@@ -277,21 +288,24 @@ impl Enrolment {
         if let Some(other) = self.enrolled.values().find(taken) {
             return Err(EnrolError::Taken(other.pod.uid.clone()));
         }
-        let listeners = match self.leaving.take(netns.cookie()) {
-            // It comes back before all that it was sent has arrived.
+        let (given, given_dns) = self.inherited.take(netns.cookie()).unzip();
+        // A pod that left may come back before all that it was sent has arrived.
+        let listeners = match given.or_else(|| self.leaving.take(netns.cookie())) {
             Some(listeners) => listeners,
             None => netns.listen_with(self.terms.listen).map_err(EnrolError::Listen)?,
         };
         let pool = Pool::new(self.node.tunnels.clone());
         let pod = Arc::new(Pod::new(uid.clone(), want.claim.clone(), netns.clone(), pool));
-        let dns = self.listen_for_dns(&netns, &want.spec)?;
+        let dns = self.listen_for_dns(&netns, &want.spec, given_dns)?;
         let mut serving = self.serve(&pod, &listeners).map_err(EnrolError::Listen)?;
-        serving.extend(dns.map(|(dns, sockets)| {
+        let mut kept = DnsSockets::default();
+        if let Some((dns, sockets)) = dns {
+            kept = sockets.try_clone().map_err(EnrolError::Listen)?;
             let (node, pod, drain) = (self.node.clone(), pod.clone(), self.drain.clone());
-            tokio::spawn(dns::serve(node, dns, pod, sockets, drain))
-        }));
+            serving.push(self.spawn(dns::serve(node, dns, pod, sockets, drain)));
+        }
         let (home, spec) = (want.home.clone(), want.spec.clone());
-        let enrolled = EnrolledPod { pod: pod.clone(), home, spec, listeners };
+        let enrolled = EnrolledPod { pod: pod.clone(), home, spec, listeners, dns: kept };
         self.enrolled.insert(uid.clone(), enrolled);
         self.publish();
         if let Err(error) = self.capture(uid, &netns).await {
@@ -340,22 +354,23 @@ impl Enrolment {
         &self,
         netns: &Netns,
         spec: &PodSpec,
+        given: Option<DnsSockets>,
     ) -> Result<Option<(Dns, DnsSockets)>, EnrolError> {
         let Some(dns) = self.node.dns.clone() else { return Ok(None) };
+        if let Some(given) = given.filter(|given| !given.udp.is_empty()) {
+            return Ok(Some((dns, given)));
+        }
         // Packet rules lead questions to loopback; on an address of the pod, others could ask too.
         let own = match self.terms.listen.by_rules {
             true => &[],
             false => &*spec.addresses,
         };
-        let sockets = netns.listen_for_dns(own, dns.port).map_err(EnrolError::Listen)?;
+        let sockets = netns.listen_for_dns(own, dns.port, self.terms.listen);
+        let sockets = sockets.map_err(EnrolError::Listen)?;
         Ok(Some((dns, sockets)))
     }
 
-    fn serve(
-        &self,
-        pod: &Arc<Pod>,
-        listeners: &Listeners,
-    ) -> std::io::Result<Vec<tokio::task::JoinHandle<()>>> {
+    fn serve(&self, pod: &Arc<Pod>, listeners: &Listeners) -> std::io::Result<Vec<JoinHandle<()>>> {
         let Listeners { outbound, plaintext, hbone } = listeners.try_clone()?;
         let outbound = TcpListener::from_std(outbound)?;
         let plaintext = TcpListener::from_std(plaintext)?;
@@ -363,10 +378,19 @@ impl Enrolment {
         let own = || (self.node.clone(), pod.clone());
         let ((a, b), (c, d), (e, f)) = (own(), own(), own());
         Ok(vec![
-            tokio::spawn(outbound::serve(a, b, outbound, self.drain.clone())),
-            tokio::spawn(inbound::serve_plaintext(c, d, plaintext, self.drain.clone())),
-            tokio::spawn(inbound::serve_hbone(e, f, hbone, self.drain.clone())),
+            self.spawn(outbound::serve(a, b, outbound, self.drain.clone())),
+            self.spawn(inbound::serve_plaintext(c, d, plaintext, self.drain.clone())),
+            self.spawn(inbound::serve_hbone(e, f, hbone, self.drain.clone())),
         ])
+    }
+
+    /// Serves once this agent may.
+    fn spawn(&self, serving: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+        let open = self.open.clone();
+        tokio::spawn(async move {
+            open.cancelled().await;
+            serving.await;
+        })
     }
 
     fn publish(&self) {

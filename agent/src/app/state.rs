@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::enrolment::PodTable;
 use super::explain;
+use super::handover::Story;
 use crate::admin::{
     AdminState, Agent, Certificate, CertificateState, CertificateStatus, ExplainError, Explanation,
     Kernel, Pod, PodState, Program, Source, Version,
@@ -24,7 +25,9 @@ use crate::direct::Direct;
 use crate::file::{self, FileStatus};
 use crate::node::Node;
 use crate::pods::Claim;
-use crate::telemetry::{CertificateReading, KernelReading, SourceReading, TunnelReading};
+use crate::telemetry::{
+    CertificateReading, IdentityReading, KernelReading, SourceReading, TunnelReading,
+};
 use crate::tls::CertificateSummary;
 use crate::xds::{XdsConnection, XdsStatus};
 
@@ -37,6 +40,7 @@ pub(super) struct State {
     pub file: Option<watch::Receiver<FileStatus>>,
     /// That of the control plane, when there is one.
     pub xds: Option<watch::Receiver<XdsStatus>>,
+    pub story: Story,
     pub started: Instant,
     /// Asks for the graceful shutdown.
     pub stop: mpsc::Sender<()>,
@@ -77,6 +81,10 @@ impl State {
         telemetry.watch_certificates(move || {
             let states = node.upgrade().map(|node| node.certificates.states());
             states.unwrap_or_default().iter().filter_map(certificate_ages).collect()
+        });
+        let node = Arc::downgrade(&self.node);
+        telemetry.watch_identities(move || {
+            node.upgrade().map(|node| identities(&node.certificates)).unwrap_or_default()
         });
         let node = Arc::downgrade(&self.node);
         telemetry
@@ -126,6 +134,20 @@ fn certificate_ages(state: &ca::CertificateState) -> Option<CertificateReading> 
         not_before: instant(&leaf.valid_from).into(),
         not_after: instant(&leaf.expiration).into(),
     })
+}
+
+fn identities(certificates: &ca::Certificates) -> IdentityReading {
+    let failed_requests = certificates.failed_requests();
+    let mut reading = IdentityReading { failed_requests, ..IdentityReading::default() };
+    for known in certificates.states() {
+        let count = match known.state {
+            ca::State::Available => &mut reading.available,
+            ca::State::Initializing => &mut reading.initializing,
+            ca::State::Unavailable(_) => &mut reading.unavailable,
+        };
+        *count += 1;
+    }
+    reading
 }
 
 fn tunnels(node: &Node) -> TunnelReading {
@@ -262,6 +284,7 @@ impl AdminState for State {
             node: self.node.name.to_string(),
             uptime: self.started.elapsed(),
             source: self.source(),
+            handover: self.story.told(),
             kernel: Kernel {
                 cgroup: self.config.cgroup.display().to_string(),
                 pin_path: self.config.pin_path.display().to_string(),
@@ -295,6 +318,7 @@ impl AdminState for State {
             "clusterId": *self.mesh.cluster_id,
             "configFile": config.file,
             "drainDeadlineSeconds": config.drain_deadline.as_secs_f64(),
+            "handover": config.handover,
             "http2FrameSize": config.http2.frame_size,
             "http2StreamWindow": config.http2.stream_window,
             "localNode": *config.node,

@@ -125,6 +125,11 @@ impl Certificates {
         let now = self.shared.now();
         self.shared.entries.lock().states(now)
     }
+
+    /// How many requests failed so far, refused or answered wrongly ones among them.
+    pub fn failed_requests(&self) -> u64 {
+        self.shared.entries.lock().failed()
+    }
 }
 
 impl Shared {

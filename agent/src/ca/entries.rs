@@ -92,6 +92,8 @@ impl fmt::Display for State {
 pub(super) struct Entries {
     by_identity: HashMap<Identity, Entry>,
     births: u64,
+    /// Requests that failed, of all identities.
+    failed: u64,
     random: StdRng,
 }
 
@@ -126,7 +128,7 @@ impl Queued {
 
 impl Entries {
     pub(super) fn new(random: StdRng) -> Self {
-        Self { by_identity: HashMap::new(), births: 0, random }
+        Self { by_identity: HashMap::new(), births: 0, failed: 0, random }
     }
 
     /// What a connection gets now; asks for it if that is neither a certificate nor a failure.
@@ -238,6 +240,7 @@ impl Entries {
                 (entry.failure, entry.failures) = (None, 0);
             }
             Err(error) => {
+                self.failed += 1;
                 entry.failures = entry.failures.saturating_add(1);
                 let valid_until = entry.valid(now).map(|certificate| certificate.not_after());
                 let delay = retry_in(entry.failures, spread, now.wall, valid_until);
@@ -248,6 +251,11 @@ impl Entries {
             }
         }
         entry.answered.send_replace(());
+    }
+
+    /// How many requests failed so far.
+    pub(super) fn failed(&self) -> u64 {
+        self.failed
     }
 
     pub(super) fn states(&self, now: Now) -> Vec<CertificateState> {

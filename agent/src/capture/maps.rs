@@ -78,6 +78,12 @@ impl Maps {
         Ok(maps)
     }
 
+    /// Looks what another agent has written meanwhile.
+    pub fn reread(&mut self) -> Result<(), CaptureError> {
+        self.tables = self.read()?;
+        Ok(())
+    }
+
     pub fn pods(&self) -> Vec<NetnsCookie> {
         self.tables.pods.keys().copied().collect()
     }

@@ -205,16 +205,27 @@ impl Netns {
         })?
     }
 
+    /// Opens the one listener that the agent has in a namespace of its own.
+    pub fn listen_for_tunnels(&self, options: ListenOptions) -> io::Result<TcpListener> {
+        let style = Style { share_ports: options.share_ports, mark: None };
+        self.run(|| listen(HBONE_PORT, style))?
+    }
+
     /// Opens the agent's DNS listeners of a pod: on loopback of both families, and on these
     /// addresses of the pod, which sockets are led to that are bound to a device. Where there is no
     /// IPv6, its listeners are left out.
-    pub fn listen_for_dns(&self, own: &[IpAddr], port: u16) -> io::Result<DnsSockets> {
+    pub fn listen_for_dns(
+        &self,
+        own: &[IpAddr],
+        port: u16,
+        options: ListenOptions,
+    ) -> io::Result<DnsSockets> {
         let loopback = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
         let addresses = loopback.iter().chain(own).map(|ip| SocketAddr::new(*ip, port));
         self.run(|| {
             let mut sockets = DnsSockets::default();
             for addr in addresses {
-                let opened = listen_for_queries(addr);
+                let opened = listen_for_queries(addr, options.share_ports);
                 let failed = |error: io::Error| {
                     io::Error::new(error.kind(), format!("listening on {addr}: {error}"))
                 };
@@ -317,6 +328,16 @@ pub struct DnsSockets {
     pub tcp: Vec<TcpListener>,
 }
 
+impl DnsSockets {
+    /// Other descriptors of the same sockets.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            udp: self.udp.iter().map(UdpSocket::try_clone).collect::<io::Result<_>>()?,
+            tcp: self.tcp.iter().map(TcpListener::try_clone).collect::<io::Result<_>>()?,
+        })
+    }
+}
+
 /// Puts the thread back, whatever happens.
 struct Return<'a>(BorrowedFd<'a>);
 
@@ -385,18 +406,14 @@ fn try_listen(port: u16, style: Style) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-/// The next agent listens on the same port before this one has ended.
-fn share(socket: &Socket) -> io::Result<()> {
-    socket.set_nonblocking(true)?;
-    socket.set_reuse_address(true)?;
-    socket.set_reuse_port(true)
-}
-
 /// Both transports of one address, which the pod may be about to get only.
-fn listen_for_queries(addr: SocketAddr) -> io::Result<(UdpSocket, TcpListener)> {
+fn listen_for_queries(addr: SocketAddr, share: bool) -> io::Result<(UdpSocket, TcpListener)> {
     let open = |kind, protocol| -> io::Result<Socket> {
         let socket = Socket::new(Domain::for_address(addr), kind, Some(protocol))?;
-        share(&socket)?;
+        socket.set_nonblocking(true)?;
+        // To a UDP socket this would mean sharing; to a TCP one it is about what has ended.
+        socket.set_reuse_address(share || kind == Type::STREAM)?;
+        socket.set_reuse_port(share)?;
         match addr {
             SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
             SocketAddr::V6(_) => {

@@ -5,8 +5,9 @@
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use aya::maps::{Array, Map, MapData};
 use culvert_abi::{ABI_MAP, Abi};
@@ -25,12 +26,15 @@ const PODS: &str = "pods";
 #[derive(Debug)]
 pub struct Pins {
     root: PathBuf,
+    /// Two agents have the same open folder, and with it one lock, while one hands over to the other.
     lock: File,
+    /// Whether the lock ends with this.
+    is_ours: AtomicBool,
 }
 
 impl Drop for Pins {
     fn drop(&mut self) {
-        sys::unlock(&self.lock);
+        self.unlock();
     }
 }
 
@@ -54,11 +58,52 @@ impl Pins {
             Err(error) => return Err(path_error("pin folder", root, error)),
         };
         match sys::lock(&lock) {
-            Ok(()) => Ok(Some(Pins { root: root.to_owned(), lock })),
+            Ok(()) => Ok(Some(Pins { root: root.to_owned(), lock, is_ours: true.into() })),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 Err(CaptureError::Busy(root.to_owned()))
             }
             Err(error) => Err(path_error("lock of pin folder", root, error)),
+        }
+    }
+
+    /// With the folder as another agent has it open and locked. The lock stays that agent's until
+    /// [`Pins::own`].
+    pub fn inherit(root: &Path, lock: OwnedFd) -> Result<Pins, CaptureError> {
+        let failed = |error| path_error("pin folder", root, error);
+        let lock = File::from(lock);
+        let (here, there) = (fs::metadata(root).map_err(failed)?, lock.metadata().map_err(failed)?);
+        if (here.dev(), here.ino()) != (there.dev(), there.ino()) {
+            return Err(failed(io::Error::other("what was handed over is another folder")));
+        }
+        Ok(Pins { root: root.to_owned(), lock, is_ours: false.into() })
+    }
+
+    /// The open and locked folder.
+    pub fn lock(&self) -> &File {
+        &self.lock
+    }
+
+    /// Whether no other agent has the pins.
+    pub fn is_ours(&self) -> bool {
+        self.is_ours.load(Ordering::Relaxed)
+    }
+
+    /// The lock ends with this from now on. Locking again what is open and locked changes nothing.
+    pub fn own(&self) -> Result<(), CaptureError> {
+        sys::lock(&self.lock).map_err(|_| CaptureError::Busy(self.root.clone()))?;
+        self.is_ours.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The lock is another agent's from now on.
+    pub fn give_away(&self) {
+        self.is_ours.store(false, Ordering::Relaxed);
+    }
+
+    /// Gives the lock back, unless it is another agent's.
+    pub fn unlock(&self) {
+        if self.is_ours.swap(false, Ordering::Relaxed) {
+            sys::unlock(&self.lock);
         }
     }
 

@@ -39,6 +39,14 @@ pub enum NoOriginalDst {
 }
 
 impl Redirection {
+    /// The kernel programs, where they capture.
+    pub fn kernel(&self) -> Option<&Capture> {
+        match self {
+            Redirection::Ebpf(capture) => Some(capture),
+            Redirection::Cni => None,
+        }
+    }
+
     /// Where a connection that was accepted on the outbound port was going.
     pub fn outbound_dst(&self, accepted: &TcpStream) -> Result<Original, NoOriginalDst> {
         if let Redirection::Ebpf(capture) = self

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::answers::Status;
+use super::answers::{Kernel, Status};
 use super::table::age;
 
 pub(super) fn text(status: &Status) -> String {
@@ -19,6 +19,9 @@ pub(super) fn text(status: &Status) -> String {
             (false, pending) => format!("no, pending: {}", pending.join(", ")),
         },
     ));
+    if let Some(handover) = &status.handover {
+        lines.push(row("Hand-over", handover.clone()));
+    }
     let source = &status.source;
     let loaded = match source.age_seconds {
         Some(seconds) => format!("loaded {} ago", old(seconds)),
@@ -57,26 +60,28 @@ pub(super) fn text(status: &Status) -> String {
         "Connections",
         format!("{} inbound, {} outbound", status.connections.inbound, status.connections.outbound),
     ));
-    let kernel = &status.kernel;
-    lines.push(row(
-        "Kernel",
-        format!("attached to {}, pinned in {}", kernel.cgroup, kernel.pin_path),
-    ));
-    let programs: Vec<String> = kernel
-        .programs
-        .iter()
-        .map(|program| format!("{} (id {})", program.name, program.id))
-        .collect();
-    if !programs.is_empty() {
-        lines.push(row("", programs.join(", ")));
+    lines.extend(kernel(&status.kernel));
+    lines.join("\n")
+}
+
+fn kernel(kernel: &Kernel) -> Vec<String> {
+    if kernel.programs.is_empty() {
+        let text = "no programs of the agent; packet rules bring the connections";
+        return vec![row("Kernel", text.to_owned())];
     }
-    lines.push(row("", count(kernel.flow_entries, "flow entry", "flow entries")));
+    let programs = kernel.programs.iter();
+    let programs: Vec<String> =
+        programs.map(|program| format!("{} (id {})", program.name, program.id)).collect();
     let admits = match kernel.verdicts {
         Some(verdicts) => format!("admits by {}", count(verdicts, "verdict", "verdicts")),
         None => "admits nothing by itself".to_owned(),
     };
-    lines.push(row("", admits));
-    lines.join("\n")
+    vec![
+        row("Kernel", format!("attached to {}, pinned in {}", kernel.cgroup, kernel.pin_path)),
+        row("", programs.join(", ")),
+        row("", count(kernel.flow_entries, "flow entry", "flow entries")),
+        row("", admits),
+    ]
 }
 
 fn row(label: &str, text: String) -> String {

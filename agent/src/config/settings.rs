@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -98,10 +98,10 @@ impl Config {
         let node = env.flag_or("--node", flags.node, "NODE_NAME")?;
         let redirect = plane::redirect(&env, cni.is_some())?;
         let cgroup = env.path(flags.cgroup, "CULVERT_CGROUP").or_else(|| around.cgroup2.clone());
-        // Where packet rules redirect, nothing is attached, and a container may see none.
-        let unused = (redirect == Redirect::Cni).then(|| PathBuf::from(CGROUP_FS));
         let pin_path = env.path(flags.pin_path, "CULVERT_PIN_PATH");
         let state_dir = env.path(flags.state_dir, "CULVERT_STATE_DIR");
+        let state_dir = state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into());
+        let (drain_deadline, handed_over_deadline) = drain_deadlines(&env)?;
         Ok(Config {
             xds,
             ca: plane::ca(&env, alone, &cluster)?,
@@ -121,16 +121,16 @@ impl Config {
                 setting: "NODE_NAME or --node",
                 what: "the name of this node, as the workloads' `node` field has it",
             })?,
-            state_dir: state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
+            handover: handover(&env, redirect, &state_dir),
+            in_kubernetes: env.is_set("KUBERNETES_SERVICE_HOST"),
+            state_dir,
             pin_path: pin_path.unwrap_or_else(|| DEFAULT_PIN_PATH.into()),
-            cgroup: cgroup.or(unused).ok_or(ConfigError::Missing {
-                setting: "CULVERT_CGROUP or --cgroup",
-                what: "no cgroup2 file system is mounted; mount one, or name the directory",
-            })?,
+            cgroup: attached_to(cgroup, redirect)?,
             servers: servers(&env, flags.admin, flags.stats, flags.readiness)?,
             log: log(&env, flags.log, flags.log_format)?,
             worker_threads: worker_threads(&env, around.processors)?,
-            drain_deadline: drain_deadline(&env)?,
+            drain_deadline,
+            handed_over_deadline,
             keepalive: keepalive(&env)?,
             user_timeout: env.parse("USER_TIMEOUT_ENABLED", switch)?.unwrap_or(false),
             http2: http2(&env)?,
@@ -144,6 +144,15 @@ impl Config {
             stated,
         })
     }
+}
+
+/// Where packet rules redirect, nothing is attached, and a container may see no cgroups.
+fn attached_to(cgroup: Option<PathBuf>, redirect: Redirect) -> Result<PathBuf, ConfigError> {
+    let unused = (redirect == Redirect::Cni).then(|| PathBuf::from(CGROUP_FS));
+    cgroup.or(unused).ok_or(ConfigError::Missing {
+        setting: "CULVERT_CGROUP or --cgroup",
+        what: "no cgroup2 file system is mounted; mount one, or name the directory",
+    })
 }
 
 impl Environment<'_> {
@@ -165,6 +174,15 @@ impl Environment<'_> {
                 why: "the agent serves all pods of its node; leave it empty or `shared`",
             }),
         }
+    }
+}
+
+/// An empty variable switches it off.
+fn handover(env: &Environment, redirect: Redirect, state_dir: &Path) -> Option<PathBuf> {
+    match (redirect, (env.variable)("CULVERT_HANDOVER")) {
+        (Redirect::Cni, _) => None,
+        (Redirect::Ebpf, None) => Some(state_dir.join("handover.sock")),
+        (Redirect::Ebpf, Some(path)) => Some(path.into()).filter(|path: &PathBuf| *path != *""),
     }
 }
 
@@ -300,12 +318,17 @@ fn worker_threads(
 
 const MAX_THREADS: usize = 1024;
 
-/// From the grace period a few seconds are left for closing what remains by ourselves, more
-/// gently than being killed would.
-fn drain_deadline(env: &Environment) -> Result<Duration, ConfigError> {
+/// That of an agent which alone takes new connections, and that of one which has handed over. From
+/// the grace period a few seconds are left for closing what remains by ourselves, more gently than
+/// being killed would.
+fn drain_deadlines(env: &Environment) -> Result<(Duration, Duration), ConfigError> {
     let grace = env.parse("TERMINATION_GRACE_PERIOD_SECONDS", |text| {
         text.parse::<u64>().map_err(|_| "is not a number of seconds".to_owned())
     })?;
+    let of_grace = grace.map(|grace| {
+        let seconds = if grace > 10 { grace - 5 } else { grace.saturating_sub(1).max(1) };
+        Duration::from_secs(seconds)
+    });
     let deadline = env.parse("CONNECTION_TERMINATION_DEADLINE", duration)?;
     match (deadline, grace) {
         (Some(deadline), Some(grace)) if deadline > Duration::from_secs(grace) => {
@@ -319,12 +342,10 @@ fn drain_deadline(env: &Environment) -> Result<Duration, ConfigError> {
                 ),
             })
         }
-        (Some(deadline), _) => Ok(deadline),
-        (None, Some(grace)) => {
-            let seconds = if grace > 10 { grace - 5 } else { grace.saturating_sub(1).max(1) };
-            Ok(Duration::from_secs(seconds))
+        (stated, _) => {
+            let deadline = stated.or(of_grace).unwrap_or(Duration::from_secs(5));
+            Ok((deadline, of_grace.map_or(deadline, |of_grace| of_grace.max(deadline))))
         }
-        (None, None) => Ok(Duration::from_secs(5)),
     }
 }
 

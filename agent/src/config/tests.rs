@@ -177,6 +177,30 @@ fn contradictions_name_both_settings() {
 }
 
 #[test]
+fn drain_deadline_is_the_longer_one_once_another_agent_takes_new_connections() {
+    let deadlines = |variables: &[(&str, &str)]| {
+        let config = with(variables).unwrap();
+        (config.drain_deadline.as_secs(), config.handed_over_deadline.as_secs())
+    };
+    let (grace, stated) = ("TERMINATION_GRACE_PERIOD_SECONDS", "CONNECTION_TERMINATION_DEADLINE");
+    assert_eq!(deadlines(&[]), (5, 5));
+    assert_eq!(deadlines(&[(grace, "30")]), (25, 25));
+    assert_eq!(deadlines(&[(grace, "30"), (stated, "5s")]), (5, 25));
+    assert_eq!(deadlines(&[(grace, "30"), (stated, "28s")]), (28, 28));
+}
+
+#[test]
+fn hand_over_is_where_the_state_is_unless_said_otherwise() {
+    let path = |variables: &[(&str, &str)]| with(variables).unwrap().handover;
+    assert_eq!(path(&[]), Some("/var/lib/culvert/handover.sock".into()));
+    assert_eq!(path(&[("CULVERT_STATE_DIR", "/s")]), Some("/s/handover.sock".into()));
+    assert_eq!(path(&[("CULVERT_HANDOVER", "/run/x")]), Some("/run/x".into()));
+    assert_eq!(path(&[("CULVERT_HANDOVER", "")]), None);
+    let rules = [("CULVERT_REDIRECT", "cni"), ("INPOD_UDS", "/run/cni.sock")];
+    assert_eq!(path(&rules), None);
+}
+
+#[test]
 fn drain_deadline_leaves_room_before_the_kill() {
     let deadline = |variables: &[(&str, &str)]| with(variables).unwrap().drain_deadline.as_secs();
     for (grace, seconds) in [("30", 25), ("11", 6), ("10", 9), ("2", 1), ("1", 1), ("0", 1)] {

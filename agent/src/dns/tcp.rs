@@ -16,7 +16,8 @@ use tokio::time::timeout;
 
 use super::PodNames;
 use super::message::Transport;
-use crate::drain::DrainWatch;
+use crate::accept::ended;
+use crate::drain::{DrainWatch, Queued};
 
 /// How long a client may take to ask, to go on asking, or to take an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -31,7 +32,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 pub(super) async fn serve(names: Arc<PodNames>, listener: TcpListener, drain: DrainWatch) {
     let room = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new();
-    let mut end = std::pin::pin!(ended(names.clone(), drain.clone()));
+    let mut end = std::pin::pin!(ended(&names.pod, drain.clone()));
     loop {
         let accepted = async {
             let Ok(room) = room.clone().acquire_owned().await else { std::future::pending().await };
@@ -40,7 +41,7 @@ pub(super) async fn serve(names: Arc<PodNames>, listener: TcpListener, drain: Dr
         tokio::select! {
             (accepted, room) = accepted => match accepted {
                 Ok((stream, _)) => {
-                    let (names, end) = (names.clone(), ended(names.clone(), drain.clone()));
+                    let (names, end) = (names.clone(), hushed(names.clone(), drain.clone()));
                     connections.spawn(async move {
                         converse(names, stream, end).await;
                         drop(room);
@@ -53,17 +54,19 @@ pub(super) async fn serve(names: Arc<PodNames>, listener: TcpListener, drain: Dr
                 }
             },
             Some(_) = connections.join_next() => {}
-            () = &mut end => break,
+            _ = &mut end => break,
         }
     }
     drop(listener);
     while connections.join_next().await.is_some() {}
 }
 
-async fn ended(names: Arc<PodNames>, mut drain: DrainWatch) {
-    tokio::select! {
-        _ = drain.begun() => {}
-        () = names.pod.is_closed() => {}
+/// Ready when no further question is to be read. When another agent goes on, it is there for new
+/// connections: the client of an open one has sent its question, or will.
+async fn hushed(names: Arc<PodNames>, mut drain: DrainWatch) {
+    match ended(&names.pod, drain.clone()).await {
+        Queued::Taken => {}
+        Queued::Left => drain.expired().await,
     }
 }
 

@@ -10,27 +10,23 @@ use tokio::task::JoinSet;
 
 use super::PodNames;
 use super::message::Transport;
-use crate::drain::DrainWatch;
+use crate::accept::ended;
+use crate::drain::{DrainWatch, Queued};
 
 /// Questions are short; what is longer is cut, and then no question.
 const LONGEST: usize = 4096;
 /// How long to wait after an error that only time can mend.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Answers what arrives until the pod leaves or the agent drains; then what has arrived before.
-pub(super) async fn serve(names: Arc<PodNames>, socket: UdpSocket, mut drain: DrainWatch) {
+/// Answers what arrives until the pod leaves or the agent drains; then what has arrived before,
+/// unless another agent does.
+pub(super) async fn serve(names: Arc<PodNames>, socket: UdpSocket, drain: DrainWatch) {
     let socket = Arc::new(socket);
     let mut later = JoinSet::new();
     let mut buffer = vec![0; LONGEST];
     let pod = names.pod.clone();
-    let end = async {
-        tokio::select! {
-            _ = drain.begun() => {}
-            () = pod.is_closed() => {}
-        }
-    };
-    let mut end = std::pin::pin!(end);
-    loop {
+    let mut end = std::pin::pin!(ended(&pod, drain));
+    let queued = loop {
         tokio::select! {
             received = socket.recv_from(&mut buffer) => match received {
                 Ok((length, from)) => {
@@ -44,10 +40,12 @@ pub(super) async fn serve(names: Arc<PodNames>, socket: UdpSocket, mut drain: Dr
                 }
             },
             Some(_) = later.join_next() => {}
-            () = &mut end => break,
+            queued = &mut end => break queued,
         }
-    }
-    while let Ok((length, from)) = socket.try_recv_from(&mut buffer) {
+    };
+    while queued == Queued::Taken
+        && let Ok((length, from)) = socket.try_recv_from(&mut buffer)
+    {
         respond(&names, &socket, &mut later, buffer.get(..length), from);
     }
     while later.join_next().await.is_some() {}

@@ -53,3 +53,13 @@ async fn a_dropped_trigger_counts_as_begun_without_grace() {
     assert_eq!(Instant::now(), before);
     assert!(watch.is_begun());
 }
+
+#[tokio::test(start_paused = true)]
+async fn after_a_hand_over_queues_stay_another_agents_whatever_the_time_becomes() {
+    let (trigger, watch) = drain();
+    assert_eq!(watch.queued(), Queued::Taken);
+    let short = Duration::from_secs(1);
+    let (first, second) = tokio::join!(trigger.hand_over(GRACE), trigger.begin(short));
+    assert_eq!((first, second), (DrainEnd::Expired, DrainEnd::Expired));
+    assert_eq!(watch.queued(), Queued::Left);
+}

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use culvert_core::addr::Authority;
-use culvert_core::admit::{self, Admission, Inbound};
+use culvert_core::admit::{self, Admission, DialFrom, Inbound};
 use culvert_core::authorize::Denied;
 use culvert_core::identity::Identity;
 use culvert_core::workload::Workload;
@@ -106,7 +106,9 @@ async fn leaving(pod: &Pod, mut drain: DrainWatch, revoked: CancellationToken) -
     tokio::select! {
         () = revoked.cancelled() => Instant::now() + GOODBYE,
         deadline = drain.begun() => deadline,
-        () = pod.left() => Instant::now() + UNLIMITED,
+        // Not as soon as it leaves: a peer that has not heard of it yet is about to send more streams
+        // along, and not every peer sends again what crosses a farewell.
+        () = pod.is_closed() => Instant::now() + UNLIMITED,
     }
 }
 
@@ -150,7 +152,10 @@ impl Tunnel {
             header_to: self.node.options.header_to,
         };
         match decide(&self.node, |view| admit::admit(view, &inbound)).await {
-            Ok(admission) => {
+            Ok(mut admission) => {
+                if !self.pod.keeps_clients {
+                    admission.from = DialFrom::Own;
+                }
                 self.judge(request, &local, &authority, &headers, admission, drain).await;
             }
             Err(refusal) => {

@@ -146,7 +146,7 @@ impl Flow<'_> {
         let (src, pod) = (self.captured.client.addr(), self.captured.pod);
         self.captured.node.connections.register(LiveConnection {
             direction: Direction::Outbound,
-            protocol: Protocol::Tcp,
+            protocol: Protocol::Local,
             src,
             original_dst: Some(self.captured.original.to_string()),
             actual_dst: self.to.addr(),
@@ -169,7 +169,7 @@ impl Flow<'_> {
     ) -> Guard {
         self.captured.node.connections.register(LiveConnection {
             direction: Direction::Inbound,
-            protocol: Protocol::Tcp,
+            protocol: Protocol::Local,
             src: self.captured.client.addr(),
             original_dst: Some(self.captured.original.to_string()),
             actual_dst: admission.to.addr(),

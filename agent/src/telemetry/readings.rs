@@ -66,6 +66,19 @@ pub struct CertificateReading {
     pub not_after: SystemTime,
 }
 
+/// The identities of this node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IdentityReading {
+    /// With a certificate that is valid.
+    pub available: u64,
+    /// Whose first request is not answered.
+    pub initializing: u64,
+    /// Whose connections are refused.
+    pub unavailable: u64,
+    /// Requests for certificates that failed.
+    pub failed_requests: u64,
+}
+
 /// The tunnels to peers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TunnelReading {
@@ -197,6 +210,24 @@ impl Reading for Vec<CertificateReading> {
             "Time until a workload certificate ends, negative afterwards",
             &|c| seconds_between(now, c.not_after),
         )
+    }
+}
+
+impl Reading for IdentityReading {
+    fn encode(self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
+        let (name, help) = ("culvert_identities", "Identities of this node's pods, by certificate");
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (state, count) in [
+            ("available", self.available),
+            ("initializing", self.initializing),
+            ("unavailable", self.unavailable),
+        ] {
+            gauge(&mut family, &[("state", state)], count)?;
+        }
+        let name = "culvert_certificate_failures";
+        let help = "Requests for certificates that were refused or answered wrongly, or failed";
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        counter::<[(&str, &str); 0], _>(&mut family, &[], self.failed_requests)
     }
 }
 

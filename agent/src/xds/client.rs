@@ -179,11 +179,17 @@ impl<P: Publish> Client<P> {
     ) -> (Ended, bool) {
         let needs = self.needs.clone();
         let mut brought = false;
+        let mut lent = None;
         loop {
             let request = tokio::select! {
                 message = stream.message() => match message {
                     Ok(Some(response)) => {
                         brought = true;
+                        // The stream's buffer is the message's. It is only given up for a new one
+                        // while somebody else holds a part of it; else it stays as large as the
+                        // largest message was.
+                        let part = response.resources.first().filter(|_| response.size() > LARGE);
+                        drop(std::mem::replace(&mut lent, part.cloned()));
                         self.take(response).await
                     }
                     Ok(None) => return (Ended { end: End::Complete, error: None }, brought),

@@ -10,8 +10,11 @@ use prost::Message;
 use super::decode::{Address, Decoder, Rejection};
 use super::kept::Content;
 use super::needs::{Found, Needs};
-use super::session::{Item, Kind, Session, Version};
+use super::session::{Item, Kind, Rejections, Session, Version};
 use super::wire::{Resource, Response};
+
+/// How many removals of unknown names the log tells of for each response.
+const UNKNOWN_TOLD: usize = 10;
 
 /// All that a response changes.
 pub(super) struct Intake {
@@ -27,8 +30,7 @@ pub(super) struct Outcome {
     pub answer: Request,
     pub accepted: usize,
     pub removed: usize,
-    /// Name and reason.
-    pub rejected: Vec<(String, String)>,
+    pub rejected: Rejections,
 }
 
 impl Intake {
@@ -45,8 +47,9 @@ impl Intake {
         publish: impl FnOnce(&mut dyn Iterator<Item = Change>),
     ) -> Outcome {
         let Response { resources, type_url, nonce, removed_resources } = response;
-        let (mut accepted, mut removed, mut rejected) = (0, 0, Vec::new());
+        let (mut accepted, mut removed, mut rejected) = (0, 0, Rejections::default());
         if let Some(kind) = Kind::of_url(&type_url) {
+            self.session.names_mut(kind).expect(resources.len());
             let mut changes = Changes {
                 intake: self,
                 needs,
@@ -56,7 +59,8 @@ impl Intake {
                 answered: Vec::new(),
                 accepted: 0,
                 removed: 0,
-                rejected: Vec::new(),
+                rejected: Rejections::default(),
+                unknown: 0,
             };
             publish(&mut changes);
             // Only now does who waits find what it waited for.
@@ -150,7 +154,9 @@ struct Changes<'a> {
     answered: Vec<(String, Found)>,
     accepted: usize,
     removed: usize,
-    rejected: Vec<(String, String)>,
+    rejected: Rejections,
+    /// Removals of what was not known.
+    unknown: usize,
 }
 
 impl Changes<'_> {
@@ -159,7 +165,7 @@ impl Changes<'_> {
             Ok(resource) => resource,
             Err(error) => {
                 let why = Rejection::Unreadable(error).to_string();
-                self.rejected.push((format!("resource {index}"), why));
+                self.reject(format!("resource {index}"), why);
                 return None;
             }
         };
@@ -192,10 +198,17 @@ impl Changes<'_> {
                 Some(change)
             }
             Err(error) => {
-                tracing::warn!(%name, %error, "resource rejected");
-                self.rejected.push((name, error.to_string()));
+                self.reject(name, error.to_string());
                 None
             }
+        }
+    }
+
+    fn reject(&mut self, name: String, why: String) {
+        if self.rejected.add(name.clone(), why.clone()) {
+            tracing::warn!(name, error = why, "resource rejected");
+        } else {
+            tracing::debug!(name, error = why, "resource rejected");
         }
     }
 
@@ -222,9 +235,10 @@ impl Changes<'_> {
 
     /// Uids of workloads that never came are usual after a new connection, and on demand any name
     /// that does not exist is answered so.
-    fn tell_unknown(&self, name: &str) {
+    fn tell_unknown(&mut self, name: &str) {
+        self.unknown += 1;
         let is_uid = name.split_once('/').is_some_and(|(_, rest)| rest.contains('/'));
-        if is_uid || self.needs.are_asked() {
+        if is_uid || self.needs.are_asked() || self.unknown > UNKNOWN_TOLD {
             tracing::debug!(name, "removal of an unknown resource");
         } else {
             tracing::warn!(name, "removal of an unknown resource");

@@ -2,13 +2,14 @@
 //!
 //! Source: the incremental variant of the xDS transport (Envoy's `xds_protocol`, version 3).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use culvert_proto::envoy::config::core::v3::Node;
 use culvert_proto::envoy::service::discovery::v3::DeltaDiscoveryRequest as Request;
 use culvert_proto::google::rpc::Status;
 use culvert_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
+use hashbrown::HashMap;
 
 /// A resource type that is subscribed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,9 +51,11 @@ pub(super) enum Version {
 
 impl Version {
     pub fn new(text: &str) -> Self {
+        let is_digit = |byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+        // What would be written differently is kept as it was.
+        let is_plain = text.bytes().all(is_digit) && (text == "0" || !text.starts_with('0'));
         match u64::from_str_radix(text, 16) {
-            // What would be written differently is kept as it was.
-            Ok(number) if format!("{number:x}") == text => Self::Hex(number),
+            Ok(number) if is_plain => Self::Hex(number),
             Ok(_) | Err(_) => Self::Text(text.into()),
         }
     }
@@ -103,6 +106,13 @@ impl Names {
         self.held.contains_key(name)
     }
 
+    /// Makes room for the first `count` names, so that it need not be found step by step.
+    pub fn expect(&mut self, count: usize) {
+        if self.held.is_empty() {
+            self.held.reserve(count);
+        }
+    }
+
     pub fn accept(&mut self, name: Arc<str>, version: Version, item: Item) {
         let first = || Held { version: version.clone(), workload: false, service: false };
         let held = self.held.entry(name).or_insert_with(first);
@@ -150,8 +160,50 @@ pub(super) struct Session {
     authorizations: Names,
 }
 
-/// How many rejected resources a NACK tells of one by one.
+/// How many rejected resources of a response are told of one by one, in the NACK and in the log.
 const TOLD: usize = 100;
+
+/// What of a response was not taken over: how many resources, and of the first of them name and
+/// reason. A control plane that sends a million of them gets no answer of that size.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Rejections {
+    told: Vec<(String, String)>,
+    count: usize,
+}
+
+impl Rejections {
+    /// Says whether it is one of those that are told.
+    pub fn add(&mut self, name: String, why: String) -> bool {
+        self.count += 1;
+        let is_told = self.told.len() < TOLD;
+        if is_told {
+            self.told.push((name, why));
+        }
+        is_told
+    }
+
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Name and reason of the last that is told.
+    pub fn last(&self) -> Option<&(String, String)> {
+        self.told.last()
+    }
+
+    fn message(&self) -> String {
+        let told = self.told.iter().map(|(name, why)| format!("{name}: {why}"));
+        let mut message = told.collect::<Vec<_>>().join("; ");
+        if self.count > self.told.len() {
+            message.push_str(&format!("; and {} more", self.count - self.told.len()));
+        }
+        message
+    }
+}
 
 impl Session {
     pub fn new(node: Node, subscription: Subscription) -> Self {
@@ -196,22 +248,15 @@ impl Session {
 
     /// Notes that a response was dealt with, and answers it.
     ///
-    /// `rejected`: name and reason of each resource that was not taken over; with any, the answer is
-    /// a NACK of the whole, though the rest was taken over.
-    pub fn answer(&mut self, url: &str, nonce: &str, rejected: &[(String, String)]) -> Request {
+    /// With anything rejected the answer is a NACK of the whole, though the rest was taken over.
+    pub fn answer(&mut self, url: &str, nonce: &str, rejected: &Rejections) -> Request {
         if rejected.is_empty()
             && let Some(kind) = Kind::of_url(url)
         {
             self.names_mut(kind).synced = true;
         }
-        let error_detail = (!rejected.is_empty()).then(|| {
-            let told = rejected.iter().take(TOLD).map(|(name, why)| format!("{name}: {why}"));
-            let mut message = told.collect::<Vec<_>>().join("; ");
-            if rejected.len() > TOLD {
-                message.push_str(&format!("; and {} more", rejected.len() - TOLD));
-            }
-            Status { message, ..Status::default() }
-        });
+        let error_detail = (!rejected.is_empty())
+            .then(|| Status { message: rejected.message(), ..Status::default() });
         Request {
             type_url: url.to_owned(),
             response_nonce: nonce.to_owned(),

@@ -22,7 +22,32 @@ pub enum Order {
     /// All pods that there are have been told: only these are to be served.
     Snapshot { uids: HashSet<Arc<str>> },
     /// The connection has ended: nothing is known of changes until the next snapshot.
-    Lost,
+    Lost(Loss),
+}
+
+/// How a connection to istio-cni ended, or did not begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    Unreachable,
+    Closed,
+    Broken,
+    /// By what should not have been sent.
+    Fault,
+    /// An order took too long to be answered.
+    TooSlow,
+}
+
+impl Loss {
+    /// As the metric names it.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Loss::Unreachable => "unreachable",
+            Loss::Closed => "closed",
+            Loss::Broken => "broken",
+            Loss::Fault => "fault",
+            Loss::TooSlow => "too_slow",
+        }
+    }
 }
 
 /// How Kubernetes names a pod (`istio.workload.zds.WorkloadInfo`).

@@ -114,7 +114,7 @@ async fn lost_connection_is_told_and_made_anew() {
         stage.order(Ok(())).await;
         assert_eq!(receive(&socket).await, SUCCESS);
         drop(socket);
-        assert!(matches!(stage.order(Ok(())).await, Order::Lost));
+        assert!(matches!(stage.order(Ok(())).await, Order::Lost(Loss::Closed)));
     }
 }
 
@@ -127,7 +127,7 @@ async fn fault_is_answered_and_ends_the_connection_only() {
         let answer = receive(&socket).await;
         assert!(answer[4..].starts_with(b"failure to read message : "), "{answer:?}");
         assert_eq!(receive(&socket).await, b"");
-        assert!(matches!(stage.order(Ok(())).await, Order::Lost));
+        assert!(matches!(stage.order(Ok(())).await, Order::Lost(Loss::Fault)));
     }
 }
 
@@ -139,7 +139,9 @@ async fn order_that_takes_too_long_ends_the_connection_without_an_answer() {
     socket.send(&SNAPSHOT_SENT).await.unwrap();
     let held = within(stage.requests.recv()).await.unwrap();
     assert_eq!(receive(&socket).await, b"");
-    drop(held);
+    let lost = within(stage.requests.recv()).await.unwrap();
+    assert!(matches!(lost.order, Order::Lost(Loss::TooSlow)));
+    drop((held, lost));
 }
 
 #[tokio::test]
@@ -163,7 +165,7 @@ async fn pauses_between_attempts_grow_from_20_ms_to_15_s() {
     let mut pauses = Vec::new();
     for _ in 0..13 {
         let request = requests.recv().await.unwrap();
-        assert!(matches!(request.order, Order::Lost));
+        assert!(matches!(request.order, Order::Lost(Loss::Unreachable)));
         let now = tokio::time::Instant::now();
         pauses.extend(last.map(|last| now.duration_since(last).as_millis()));
         last = Some(now);

@@ -1,11 +1,21 @@
 //! The description of a mesh, the file that agents read it from, and the mesh running.
 
+use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 mod running;
 mod yaml;
 
 pub use running::Running;
+
+/// Who tells agents of pods, in place of the file.
+pub trait Enroller: fmt::Debug + Send + Sync {
+    /// Makes the enrolled pods those that the description names now.
+    fn follow(&self, mesh: &Running) -> anyhow::Result<()>;
+    /// What the agent of a node is told of it: variables of its environment.
+    fn environment(&self, mesh: &Running, node: &str) -> Vec<(String, String)>;
+}
 
 /// A mesh to be: nodes, pods, services and policies.
 ///
@@ -29,6 +39,7 @@ pub struct Mesh {
     pub certificate_ttl: Duration,
     /// Whether the file says which pods are enrolled; otherwise agents learn it from elsewhere.
     pub enrols: bool,
+    pub(crate) enroller: Option<Arc<dyn Enroller>>,
     pub(crate) attach: crate::lab::Attach,
 }
 
@@ -124,6 +135,7 @@ impl Mesh {
             require_waypoint: "nobody".to_owned(),
             certificate_ttl: Duration::from_secs(24 * 3600),
             enrols: true,
+            enroller: None,
             attach: crate::lab::Attach::Process,
         }
     }
@@ -131,6 +143,13 @@ impl Mesh {
     /// At which cgroup the agents attach, if not at the process's own.
     pub fn attach(mut self, attach: crate::lab::Attach) -> Self {
         self.attach = attach;
+        self
+    }
+
+    /// Who enrols the pods; the file then does not.
+    pub fn enrolled_by(mut self, enroller: Arc<dyn Enroller>) -> Self {
+        self.enrols = false;
+        self.enroller = Some(enroller);
         self
     }
 

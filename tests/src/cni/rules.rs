@@ -4,6 +4,22 @@ use anyhow::Result;
 use culvert_lab::lab::Pod;
 use culvert_lab::place::Place;
 
+/// What istio-cni leads to the agent in one pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PodRules {
+    /// Questions for names (annotation `ambient.istio.io/dns-capture`).
+    pub names: bool,
+    /// Connections from elsewhere; otherwise the agent gets tunnels only (annotation
+    /// `ambient.istio.io/bypass-inbound-capture`).
+    pub inbound: bool,
+}
+
+impl Default for PodRules {
+    fn default() -> Self {
+        Self { names: false, inbound: true }
+    }
+}
+
 /// Redirection within the pod, both families. Rules stand in the order in which they are met.
 const POD: &str = r#"
 table inet istio-ambient-mangle {
@@ -20,20 +36,42 @@ table inet istio-ambient-nat {
   chain prerouting { type nat hook prerouting priority dstnat; policy accept; jump istio-prerouting; }
   chain output { type nat hook output priority -100; policy accept; jump istio-output; }
   chain istio-prerouting {
-    meta l4proto tcp ip saddr 169.254.7.127 counter accept
-    meta l4proto tcp ip6 saddr fd16:9254:7127:1337:ffff:ffff:ffff:ffff counter accept
-    ip daddr != 127.0.0.1/32 tcp dport != 15008 meta mark & 0xfff != 0x539 counter redirect to :15006
-    ip6 daddr != ::1/128 tcp dport != 15008 meta mark & 0xfff != 0x539 counter redirect to :15006
   }
   chain istio-output {
     meta l4proto tcp ip daddr 169.254.7.127 counter accept
     meta l4proto tcp ip6 daddr fd16:9254:7127:1337:ffff:ffff:ffff:ffff counter accept
+    @names@
     meta l4proto tcp meta mark & 0xfff == 0x111 counter accept
     oifname "lo" ip daddr != 127.0.0.1/32 counter accept
     oifname "lo" ip6 daddr != ::1/128 counter accept
     meta l4proto tcp ip daddr != 127.0.0.1/32 meta mark & 0xfff != 0x539 counter redirect to :15001
     meta l4proto tcp ip6 daddr != ::1/128 meta mark & 0xfff != 0x539 counter redirect to :15001
   }
+}
+"#;
+
+/// What takes connections from elsewhere.
+const INBOUND: &str = r#"
+add rule inet istio-ambient-nat istio-prerouting meta l4proto tcp ip saddr 169.254.7.127 counter accept
+add rule inet istio-ambient-nat istio-prerouting meta l4proto tcp ip6 saddr fd16:9254:7127:1337:ffff:ffff:ffff:ffff counter accept
+add rule inet istio-ambient-nat istio-prerouting ip daddr != 127.0.0.1/32 tcp dport != 15008 meta mark & 0xfff != 0x539 counter redirect to :15006
+add rule inet istio-ambient-nat istio-prerouting ip6 daddr != ::1/128 tcp dport != 15008 meta mark & 0xfff != 0x539 counter redirect to :15006
+"#;
+
+/// What takes questions for names, in the place of `@names@`.
+const NAMES: &str = r#"
+    oifname != "lo" udp dport 53 meta mark & 0xfff != 0x539 counter redirect to :15053
+    ip daddr != 127.0.0.1/32 tcp dport 53 meta mark & 0xfff != 0x539 counter redirect to :15053
+    ip6 daddr != ::1/128 tcp dport 53 meta mark & 0xfff != 0x539 counter redirect to :15053
+"#;
+
+/// What keeps the agent's own questions apart from those of the pod that it answers.
+const OWN_NAMES: &str = r#"
+table inet istio-ambient-raw {
+  chain prerouting { type filter hook prerouting priority raw; policy accept; jump istio-prerouting; }
+  chain output { type filter hook output priority raw; policy accept; jump istio-output; }
+  chain istio-prerouting { udp sport 53 meta mark & 0xfff != 0x539 counter ct zone set 1; }
+  chain istio-output { udp dport 53 meta mark & 0xfff == 0x539 counter ct zone set 1; }
 }
 "#;
 
@@ -51,8 +89,12 @@ table inet istio-ambient-host {
 "#;
 
 /// Puts the rules into a pod.
-pub fn add_rules(pod: &Place) -> Result<()> {
-    nft(pod, POD)?;
+pub fn add_rules(pod: &Place, rules: PodRules) -> Result<()> {
+    let mut script = POD.replace("@names@", if rules.names { NAMES } else { "" });
+    for (wanted, more) in [(rules.inbound, INBOUND), (rules.names, OWN_NAMES)] {
+        script.push_str(if wanted { more } else { "" });
+    }
+    nft(pod, &script)?;
     for (family, all) in FAMILIES {
         let route = ["route", "add", "local", all, "dev", "lo", "table", "100"];
         pod.output("ip", &[&[family][..], &route].concat())?;
@@ -76,7 +118,11 @@ pub fn reroute(pod: &Place, interface: &str) -> Result<()> {
 
 /// Takes them away again, all of them.
 pub fn remove_rules(pod: &Place) -> Result<()> {
-    nft(pod, "delete table inet istio-ambient-nat\ndelete table inet istio-ambient-mangle\n")?;
+    // One that is not there can be made, but not removed; all go in one step.
+    let gone = ["nat", "mangle", "raw"].map(|table| {
+        format!("table inet istio-ambient-{table}\ndelete table inet istio-ambient-{table}\n")
+    });
+    nft(pod, &gone.concat())?;
     for (family, all) in FAMILIES {
         let route = ["route", "del", "local", all, "dev", "lo", "table", "100"];
         pod.output("ip", &[&[family][..], &route].concat())?;

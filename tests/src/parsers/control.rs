@@ -1,4 +1,4 @@
-//! Messages of the control plane and of the node's CNI plugin.
+//! Messages of the control plane, of the node's CNI plugin and of another agent.
 
 use std::collections::HashSet;
 use std::fmt::Debug;
@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, LazyLock};
 
 use culvert_agent::ca::parse_chain;
+use culvert_agent::handover;
 use culvert_agent::tls::{Issued, Trust, WorkloadCertificate};
 use culvert_agent::xds::{Address, Decoder, Rejection};
 use culvert_agent::zds::{Conversation, Order, Packet};
@@ -116,6 +117,27 @@ pub(super) fn zds_packets(bytes: &[u8]) {
             }
             (payload, order) => panic!("{payload:?} was taken for {order:?}"),
         }
+    }
+}
+
+/// What another agent gives: packets, each after its length and its number of descriptors.
+pub(super) fn handover_packets(bytes: &[u8]) {
+    let mut given = handover::GivenPods::default();
+    let mut rest = bytes;
+    while let Some((&[low, high, descriptors], further)) = rest.split_first_chunk() {
+        let length = usize::from(u16::from_le_bytes([low, high]));
+        let (packet, further) = further.split_at(further.len().min(length));
+        rest = further;
+        let Ok(message) = handover::Message::read(packet) else { continue };
+        let again = handover::Message::read(&message.to_bytes());
+        assert_eq!(again.as_ref(), Ok(&message), "{}", message.name());
+        let null = || File::open("/dev/null").expect("there is always /dev/null").into();
+        let descriptors = (0..descriptors % 8).map(|_| null()).collect();
+        let whole = matches!(message, handover::Message::Whole { pods: 0 });
+        let heard = given.hear(message, descriptors);
+        assert!(heard != Ok(true) || whole, "whole without having been told so");
+        // Nothing of a pod came that could be one.
+        assert!(given.pods.is_empty(), "{:?}", given.pods);
     }
 }
 

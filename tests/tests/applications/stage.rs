@@ -86,7 +86,11 @@ impl Ground {
                 .pod_with(PodSpec::waypoint("gate", "shop", "gate"))
                 .pod_with(PodSpec::outside("outside", "away", "outside"))
         };
-        let mesh = Mesh::new()
+        let mesh = match path {
+            Path::Plain => Mesh::new(),
+            Path::Same | Path::Cross | Path::Direct => culvert_tests::mesh(),
+        };
+        let mesh = mesh
             .node("a")
             .pod_with(client)
             .pod_with(PodSpec { enrolled: false, ..PodSpec::new("late", "web", "late") })

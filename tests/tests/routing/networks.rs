@@ -1,14 +1,18 @@
 //! Two networks, and a gateway between them: a tunnel in a tunnel.
 
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use culvert_lab::agent::{Agent, AgentOptions};
 use culvert_lab::mesh::{Match, Mesh, PodSpec, PolicySpec, Running, ServiceSpec, TRUST_DOMAIN};
 use culvert_lab::pki::Authority;
 use culvert_lab::process::Process;
+use culvert_lab::wait;
 use culvert_lab::waypoint::{self, Crossing, Plan};
-use culvert_tests::binary;
-use culvert_tests::expect::{is_refused, logged, rule};
+use culvert_tests::expect::{counted, is_refused, is_reset, logged, rule};
+use culvert_tests::peer::Forge;
+use culvert_tests::{binary, call, connect, echo, figures, serial_bytes, serve};
 
 use super::stage::{ask, tell};
 
@@ -17,7 +21,7 @@ const HOST: &str = "site.shop.svc.cluster.local";
 /// Node a is network `n1`, node b is `n2`; `east` is the way into `n2`.
 fn mesh() -> Running {
     let identity = format!("spiffe://{TRUST_DOMAIN}/ns/shop/sa/server");
-    Mesh::new()
+    culvert_tests::mesh()
         .node("a")
         .pod("client", "web", "client")
         .node("b")
@@ -150,4 +154,56 @@ fn without_a_gateway_or_a_proof_nobody_is_reached() {
         is_refused(&mesh, "client", to).unwrap();
         logged(&a, &[told]).unwrap();
     }
+}
+
+/// The serial number of a certificate in a file, big-endian bytes.
+fn serial_of(certificate: &Path) -> Vec<u8> {
+    let mut openssl = Command::new("openssl");
+    openssl.args(["x509", "-noout", "-serial", "-in"]).arg(certificate);
+    let printed = String::from_utf8(openssl.output().unwrap().stdout).unwrap();
+    let digits = printed.trim().strip_prefix("serial=").unwrap();
+    let byte = |at: usize| u8::from_str_radix(&digits[at..at + 2], 16).unwrap();
+    (0..digits.len()).step_by(2).map(byte).collect()
+}
+
+#[test]
+fn a_tunnel_in_a_tunnel_is_cut_off_when_either_of_its_peers_is_revoked() {
+    let mesh = mesh();
+    let _gateway = start_gateway(&mesh);
+    serve(&mesh, "server", 8080, echo).unwrap();
+    let from = from_n1(&mesh, "n1", Some(&format!("n2/{}", mesh.pod("east").v4())), |_| ());
+    let in_n2 = mesh.view("n2", |mesh| mesh.network = "n2".to_owned()).unwrap();
+    let crl = mesh.lab().state().join("crl.pem");
+    let mut options = AgentOptions::new(&binary(), &from);
+    options.environment.push(("CRL_PATH".to_owned(), crl.to_string_lossy().into_owned()));
+    let a = mesh.agent_with("a", &options).unwrap();
+    let b = agent(&mesh, "b", &in_n2);
+    let to = (mesh.service("site")[0], 80);
+    assert_eq!(call(&mesh, "client", to, "hello").unwrap(), "hello");
+    let server = figures::serial(&b, &mesh.spec("server").identity()).unwrap().unwrap();
+    let gateway = serial_of(&mesh.lab().state().join("waypoint/east.pem"));
+    let forge = Forge::of_mesh(&mesh).unwrap();
+    let replace = |text: &str| {
+        let draft = crl.with_extension("draft");
+        std::fs::write(&draft, text).unwrap();
+        std::fs::rename(&draft, &crl).unwrap();
+    };
+    let cut = "istio_tcp_connections_failed_total";
+    for (count, serial) in [(1.0, serial_bytes(&server).unwrap()), (2.0, gateway)] {
+        let mut live = connect(&mesh, "client", to).unwrap();
+        live.write_all(b"ping").unwrap();
+        live.read_exact(&mut [0; 4]).unwrap();
+        live.set_read_timeout(Some(wait::SOON)).unwrap();
+        replace(&forge.revoke(&[serial]));
+        is_reset(&live).unwrap();
+        counted(&a, cut, &["response_flags=\"CERT_REVOKED\""], count).unwrap();
+        is_refused(&mesh, "client", to).unwrap();
+        replace("");
+        wait::until("the peers to be trusted again", wait::SOON, || {
+            call(&mesh, "client", to, "hello").is_ok_and(|answer| answer == "hello")
+        })
+        .unwrap();
+    }
+    logged(&a, &["connection closed: peer certificate revoked by CRL", "access"]).unwrap();
+    assert_eq!(a.metric("istio_crl_untracked_connections_total", &[]).unwrap(), 0.0);
 }

@@ -1,21 +1,23 @@
 //! The other end of a tunnel is not Culvert: a pod that ends tunnels itself, Envoy, a peer that names
 //! services.
 
+use std::io::{ErrorKind, Read};
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
-use culvert_lab::mesh::{Match, Mesh, PodSpec, PolicySpec, ServiceSpec, TRUST_DOMAIN};
+use culvert_lab::mesh::{Match, PodSpec, PolicySpec, ServiceSpec, TRUST_DOMAIN};
 use culvert_lab::pki::Authority;
 use culvert_lab::waypoint::{self, Crossing, Plan, WayOut};
-use culvert_tests::expect::{is_refused, logged, rule};
+use culvert_tests::expect::{counted, is_refused, logged, rule};
 use culvert_tests::peer::{Forge, Leaf, Peer, Terminus};
-use culvert_tests::{binary, echo, serve};
+use culvert_tests::{binary, connect, echo, serve};
 
 use super::stage::{ask, tell};
 
 #[test]
 fn a_pod_that_ends_tunnels_itself_is_reached_when_it_proves_who_it_is() {
     let native = |name: &str| PodSpec::waypoint(name, "shop", name).with("nativeTunnel", "true");
-    let mesh = Mesh::new()
+    let mesh = culvert_tests::mesh()
         .node("a")
         .pod("client", "web", "client")
         .pod_with(native("native"))
@@ -55,7 +57,7 @@ fn a_pod_that_ends_tunnels_itself_is_reached_when_it_proves_who_it_is() {
 
 #[test]
 fn a_peer_may_name_a_service_of_the_pod() {
-    let mesh = Mesh::new()
+    let mesh = culvert_tests::mesh()
         .node("a")
         .pod_with(PodSpec::waypoint("far-gate", "web", "client"))
         .pod("server", "shop", "server")
@@ -97,7 +99,7 @@ fn a_peer_may_name_a_service_of_the_pod() {
 
 #[test]
 fn envoy_and_culvert_carry_each_others_tunnels() {
-    let mesh = Mesh::new()
+    let mesh = culvert_tests::mesh()
         .node("a")
         .pod("client", "web", "client")
         .pod("server", "shop", "server")
@@ -145,4 +147,28 @@ fn envoy_and_culvert_carry_each_others_tunnels() {
     // Envoy wants somebody else there. What it tells its own client is its own affair.
     let wrong = culvert_tests::call(&mesh, "envoy", loopback(7002), "x").unwrap_or_default();
     assert_eq!(wrong, "");
+}
+
+/// What a NetworkPolicy does that knows of the application's port alone.
+#[test]
+fn a_tunnel_port_that_drops_everything_is_told_as_such() {
+    let mesh = culvert_tests::mesh()
+        .node("a")
+        .pod("client", "web", "client")
+        .node("b")
+        .pod("server", "shop", "server")
+        .start()
+        .unwrap();
+    let a = mesh.agent("a", &binary()).unwrap();
+    let _b = mesh.agent("b", &binary()).unwrap();
+    let filter = "table inet blocked { chain input { type filter hook input priority filter; \
+                  tcp dport 15008 drop; }; }";
+    mesh.pod("server").place().output("nft", &[filter]).unwrap();
+    let mut live = connect(&mesh, "client", (mesh.pod("server").v4().into(), 8080)).unwrap();
+    live.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let error = live.read(&mut [0; 1]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    let closed = "istio_tcp_connections_closed_total";
+    counted(&a, closed, &["response_flags=\"NETWORK_POLICY\""], 1.0).unwrap();
+    logged(&a, &["maybe a NetworkPolicy is blocking HBONE port 15008"]).unwrap();
 }

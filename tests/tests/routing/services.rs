@@ -14,7 +14,7 @@ fn mesh() -> Mesh {
         let locality = format!("{{region: {region}, zone: {zone}, subzone: s}}");
         PodSpec::new(name, namespace, name).with("locality", &locality)
     };
-    Mesh::new()
+    culvert_tests::mesh()
         .node("a")
         .pod_with(at("client", "web", "r", "z1"))
         .pod_with(at("one", "shop", "r", "z1"))

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 
-use culvert_lab::mesh::{Match, Mesh, PodSpec, PolicySpec, Running, ServiceSpec, TRUST_DOMAIN};
+use culvert_lab::mesh::{Match, PodSpec, PolicySpec, Running, ServiceSpec, TRUST_DOMAIN};
 use culvert_lab::pki::Authority;
 use culvert_tests::expect::{edit, is_refused, logged, rule};
 use culvert_tests::peer::{Forge, Terminus};
@@ -25,7 +25,7 @@ fn weights(parts: &[(&str, u32)]) -> String {
 fn a_canary_gets_its_share() {
     let gate = |name: &str| ServiceSpec::new(name, "shop").port(15008, 15008).endpoint(name);
     let site = ServiceSpec::new("site", "shop").port(80, 8080).endpoint("server");
-    let mut mesh = Mesh::new()
+    let mut mesh = culvert_tests::mesh()
         .node("a")
         .pod("client", "web", "client")
         .pod("server", "shop", "server")
@@ -127,7 +127,7 @@ fn sandwich(mesh: &Running, pod: &str, port: u16) {
 #[test]
 fn a_sandwiched_waypoint_learns_of_connections_and_reaches_pods_directly() {
     let gate = "shop/gate.shop.svc.cluster.local";
-    let mut mesh = Mesh::new()
+    let mut mesh = culvert_tests::mesh()
         .node("a")
         .pod("client", "web", "client")
         .node("b")
@@ -173,7 +173,7 @@ fn a_sandwiched_waypoint_learns_of_connections_and_reaches_pods_directly() {
 
 #[test]
 fn a_tunnel_without_header_leads_to_another_port() {
-    let mesh = Mesh::new()
+    let mesh = culvert_tests::mesh()
         .node("a")
         .pod("client", "web", "client")
         .node("b")

@@ -29,6 +29,9 @@ pub struct Arguments {
     /// Numbers of workloads
     #[arg(long, value_delimiter = ',', default_value = "0,10000,100000")]
     workloads: Vec<usize>,
+    /// Starts with each number of workloads, those of a peer and of Culvert in turn
+    #[arg(long, default_value_t = 3)]
+    starts: usize,
     /// Rounds of quiet and changes, at the last number of workloads
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -52,37 +55,100 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     shell::run(shell::cargo().args(build))?;
     let plane = shell::target().join("release/control-plane");
     let peer = std::env::var_os("CULVERT_PEER_ZTUNNEL").map(PathBuf::from);
-    let mut lines = Vec::new();
-    for (place, count) in arguments.workloads.iter().enumerate() {
+    let (mut table, mut field) = (Table::default(), None);
+    for count in &arguments.workloads {
         steps.heading(&format!("{count} workloads"));
-        if let Some(peer) = &peer {
-            steps.step("ztunnel", || {
-                let found = ready_peer(&plane, peer, *count)?;
-                lines.push(format!("{count:>8} workloads  ztunnel  {found}"));
-                Ok(found.to_string())
+        let mut starts = Starts::new(*count);
+        for _ in 0..arguments.starts.max(1) {
+            if let Some(peer) = &peer {
+                steps.step("ztunnel", || {
+                    let found = ready_peer(&plane, peer, *count)?;
+                    let told = found.to_string();
+                    starts.peer.push(found);
+                    Ok(told)
+                })?;
+            }
+            steps.step("Culvert", || {
+                // One at a time on this machine.
+                drop(field.take());
+                let (made, found) = Field::start(&plane, &agent, *count)?;
+                let told = found.to_string();
+                starts.culvert.push(found);
+                field = Some(made);
+                Ok(told)
             })?;
         }
-        let mut field = None;
-        steps.step("Culvert", || {
-            let (made, found) = Field::start(&plane, &agent, *count)?;
-            lines.push(format!("{count:>8} workloads  Culvert  {found}"));
-            field = Some(made);
-            Ok(found.to_string())
-        })?;
-        let mut field = field.context("no mesh")?;
-        if place + 1 < arguments.workloads.len() || *count == 0 {
-            continue;
-        }
+        table.push(starts);
+    }
+    let changed = arguments.workloads.last().is_some_and(|count| *count > 0);
+    let mut change = None;
+    if let (Some(field), true) = (&mut field, changed) {
         let title = format!("{} changed endpoints a second, beside traffic", arguments.changes);
         steps.step(&title, || {
             let told = field.alternate(arguments)?;
-            lines.push(told.clone());
+            change = Some(told.clone());
             Ok(told)
         })?;
     }
-    println!("\n{}", lines.join("\n"));
+    println!("\n{table}");
+    if let Some(change) = change {
+        println!("{} changed endpoints a second: {change}", arguments.changes);
+    }
     println!("{}", shell::dim(&format!("{:.0} s", steps.elapsed().as_secs_f64())));
     Ok(())
+}
+
+/// All starts with one number of workloads, one after the other in turn.
+struct Starts {
+    workloads: usize,
+    peer: Vec<Ready>,
+    culvert: Vec<Ready>,
+}
+
+impl Starts {
+    fn new(workloads: usize) -> Self {
+        Self { workloads, peer: Vec::new(), culvert: Vec::new() }
+    }
+}
+
+/// Its name, where it is found, and how many decimals are told of it.
+type Measure = (&'static str, fn(&Ready) -> f64, usize);
+
+/// Medians of all starts, and the ratios of the medians.
+#[derive(Default)]
+struct Table(Vec<Starts>);
+
+impl Table {
+    fn push(&mut self, starts: Starts) {
+        self.0.push(starts);
+    }
+}
+
+impl std::fmt::Display for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let head = ["workloads", "measure", "ztunnel", "Culvert", "ratio"];
+        let [count, measure, peer, culvert, ratio] = head;
+        write!(f, "{count:>9}  {measure:<18} {peer:>8} {culvert:>8} {ratio:>6}")?;
+        let measures: [Measure; 3] = [
+            ("ready, seconds", |it| it.seconds, 2),
+            ("resident then, MB", |it| it.resident, 0),
+            ("at most, MB", |it| it.peak, 0),
+        ];
+        for starts in &self.0 {
+            for (measure, of, digits) in measures {
+                let count = starts.workloads;
+                let culvert = median(starts.culvert.iter().map(of));
+                let peer = median(starts.peer.iter().map(of));
+                let (peer, ratio) = match starts.peer.is_empty() {
+                    true => ("–".to_owned(), "–".to_owned()),
+                    false => (format!("{peer:.digits$}"), format!("{:.2}", culvert / peer)),
+                };
+                let culvert = format!("{culvert:.digits$}");
+                write!(f, "\n{count:>9}  {measure:<18} {peer:>8} {culvert:>8} {ratio:>6}")?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// From the start of the process to its readiness, with its memory then and at most until then.

@@ -143,7 +143,12 @@ pub fn check(call: &Expected, leaving: &[Line], arriving: &[Line]) -> Result<(),
     let told = format!("{} ({}) to {}", call.source, call.local, call.destination);
     let mine =
         |line: &&Line| line.is("outbound", &call.source) && line.field("src.addr") == call.local;
-    let Some(out) = leaving.iter().find(mine) else {
+    // A port may serve another call, to another address, at the same time.
+    let wanted = |line: &&Line| {
+        (line.field("dst.workload") == call.destination) == (call.through == Through::Mesh)
+    };
+    let found = leaving.iter().filter(mine).find(wanted);
+    let Some(out) = found.or_else(|| leaving.iter().find(mine)) else {
         return Err(format!("{told}: the caller's agent does not tell of it"));
     };
     if !out.has_identities() {

@@ -61,6 +61,11 @@ impl Report {
         self.lost_calls() + self.lost_streams()
     }
 
+    /// The first losses as the rest of a sentence, if there were any.
+    pub fn tell_losses(&self) -> Option<String> {
+        (self.lost() > 0).then(|| format!(": {}", self.first_losses()))
+    }
+
     /// The first losses, for people.
     pub fn first_losses(&self) -> String {
         let tell = |what: &str, losses: &[Loss]| {

@@ -268,6 +268,41 @@ fn policies_move_with_their_scope() {
     }
 }
 
+#[test]
+fn a_policy_for_the_namespace_without_a_name_is_for_all() {
+    let policy = crate::authorization::Authorization {
+        scope: PolicyScope::Namespace,
+        ..policy("", "p", Action::Deny, &[""])
+    };
+    let snapshot = Snapshot::default().with([Change::Authorization(policy)]);
+    assert_eq!(snapshot.global_policies().len(), 1);
+    assert!(snapshot.policy("/p").is_some());
+}
+
+#[test]
+fn ranges_of_mapped_addresses_in_policies_are_plain_ones() {
+    let client = crate::fixtures::plaintext();
+    let decides = |rule: &str| {
+        let change = Change::Authorization(policy("a", "p", Action::Deny, &[rule]));
+        let snapshot = Snapshot::default().with([change]);
+        snapshot.policy("a/p").unwrap().matching_rule(&client).is_some()
+    };
+    for (rule, expected) in [
+        ("SIP=::ffff:10.2.0.0/112", true),
+        ("SIP=::ffff:10.2.0.3/128", true),
+        ("SIP=::ffff:0.0.0.0/96", true),
+        ("SIP=::ffff:10.3.0.0/112", false),
+        ("DIP=::ffff:10.1.0.7/128", true),
+        ("!SIP=::ffff:10.2.0.0/112", false),
+        ("!DIP=::ffff:10.2.0.0/112", true),
+        // These are ranges of IPv6.
+        ("SIP=::/0", false),
+        ("SIP=::ffff:10.2.0.0/80", false),
+    ] {
+        assert_eq!(decides(rule), expected, "{rule}");
+    }
+}
+
 const NETWORKS: [&str; 2] = ["n1", "n2"];
 const NAMESPACES: [&str; 2] = ["a", "b"];
 const IPS: [&str; 5] = ["10.0.0.1", "10.0.0.2", "10.0.1.1", "fd00::1", "fd01::1"];

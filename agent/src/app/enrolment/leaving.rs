@@ -8,6 +8,7 @@ use parking_lot::Mutex;
 
 use super::wanted::read_addresses;
 use super::{Cni, EnrolledPod, Enrolment, Listeners, NetnsCookie, Pod};
+use crate::capture::Capture;
 
 /// How long the listeners of a withdrawn pod still take what peers send who do not know yet.
 const LINGER: Duration = Duration::from_secs(5);
@@ -79,7 +80,9 @@ impl Enrolment {
             }
             let again = node.mesh.pods();
             let stays = again.iter().any(|(other, _)| other.netns.cookie() == pod.netns.cookie());
-            if stays {
+            // Another agent may have taken it up again.
+            let is_ours = node.capture.kernel().is_none_or(Capture::is_ours);
+            if stays || !is_ours {
                 return;
             }
             if let Err(error) = pod.netns.remove_return_route() {
@@ -94,13 +97,13 @@ impl Enrolment {
     /// Pods that an earlier agent enrolled and that nobody wants any more. As long as a wanted one
     /// cannot be enrolled, or is not known yet, it may be among them: then all stay, and are refused
     /// everything.
-    pub(super) async fn let_go_of_strangers(&self) {
+    pub(super) async fn let_go_of_strangers(&mut self) {
         let all_known = match self.cni {
             Cni::Unused => true,
             Cni::Synced { unplaced } | Cni::Lost { unplaced } => !unplaced,
             Cni::Never => false,
         };
-        if !all_known || !self.failed.is_empty() {
+        if !all_known || !self.failed.is_empty() || !self.open.is_cancelled() {
             return;
         }
         let known: Vec<_> =
@@ -118,5 +121,6 @@ impl Enrolment {
                 Err(error) => tracing::error!(%cookie, %error, "cannot withdraw pod"),
             }
         }
+        self.inherited.clear();
     }
 }

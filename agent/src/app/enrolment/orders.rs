@@ -23,18 +23,26 @@ impl Enrolment {
                 self.complete(&uids).await;
                 Ok(())
             }
-            Order::Lost => {
+            Order::Lost(loss) => {
+                self.node.telemetry.pods().lost(loss.reason());
                 self.lose();
                 Ok(())
             }
         };
+        if done.is_err() {
+            self.node.telemetry.pods().refused.inc();
+        }
         self.tell();
         // Who asked may have given up.
         let _ = answer.send(done);
     }
 
     async fn add(&mut self, uid: Arc<str>, info: PodInfo, netns: OwnedFd) -> Result<(), String> {
-        let netns = Netns::received(netns).map_err(|error| error.to_string())?;
+        let netns = Netns::received(netns).map_err(|error| {
+            let PodInfo { namespace, name, .. } = &info;
+            tracing::error!(pod = %format_args!("{namespace}/{name}"), %uid, %error, "cannot enrol pod");
+            error.to_string()
+        })?;
         let netns = Arc::new(netns.marked(self.terms.marks));
         if let Some(enrolled) = self.enrolled.get(&uid) {
             if enrolled.pod.netns.is_same(&netns) {

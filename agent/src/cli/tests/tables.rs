@@ -224,6 +224,15 @@ fn status_without_a_loaded_source_says_so() {
 }
 
 #[test]
+fn status_without_programs_names_no_place_where_they_would_be() {
+    let answer = json!({"kernel": {"cgroup": "/sys/fs/cgroup", "pinPath": "/sys/fs/bpf/culvert",
+                                   "programs": [], "flowEntries": 0}});
+    let text = status::text(&serde_json::from_value(answer).unwrap());
+    assert!(text.contains("Kernel         no programs of the agent"), "{text}");
+    assert!(!text.contains("/sys/fs"), "{text}");
+}
+
+#[test]
 fn detach_tells_what_it_took_away() {
     let report = |programs, pods, unreachable: &[u64]| {
         let unreachable = unreachable.iter().copied().map(NetnsCookie).collect();

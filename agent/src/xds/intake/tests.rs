@@ -110,6 +110,21 @@ fn a_bad_resource_rejects_only_itself_and_is_named() {
 }
 
 #[test]
+fn a_million_bad_resources_are_told_in_few_words() {
+    let (mut intake, mut snapshot) = (intake(), Snapshot::default());
+    let good = resource(Kind::Address, "u1", "1", workload("u1", [10, 0, 0, 1], None));
+    let mut all = vec![Bytes::from_static(&[0x0a, 0xff]); 1_000_000];
+    all.push(good);
+    let removed = vec!["nobody"; 1000];
+    let outcome = apply(&mut intake, &mut snapshot, response(Kind::Address, all, &removed));
+    assert_eq!((outcome.accepted, outcome.rejected.len()), (1, 1_000_000));
+    assert!(snapshot.workload("u1").is_some());
+    let message = outcome.answer.error_detail.unwrap().message;
+    assert!(message.ends_with("; and 999900 more"), "{message}");
+    assert!(message.len() < 20_000, "{} bytes", message.len());
+}
+
+#[test]
 fn a_rejected_update_leaves_what_was_accepted_before_with_its_version() {
     let (mut intake, mut snapshot) = (intake(), Snapshot::default());
     let good = resource(Kind::Address, "u1", "1", workload("u1", [10, 0, 0, 1], None));

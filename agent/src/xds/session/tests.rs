@@ -39,27 +39,37 @@ fn a_need_is_asked_for_without_node_or_nonce() {
     assert!(request.node.is_none() && request.response_nonce.is_empty());
 }
 
+/// What was not taken over.
+fn these(rejected: &[(String, String)]) -> Rejections {
+    let mut all = Rejections::default();
+    for (name, why) in rejected {
+        all.add(name.clone(), why.clone());
+    }
+    all
+}
+
 #[test]
 fn an_ack_has_the_nonce_and_a_nack_the_reasons_too() {
     let mut session = session(Subscription::Wildcard);
-    let ack = session.answer(Kind::Address.url(), "n1", &[]);
+    let ack = session.answer(Kind::Address.url(), "n1", &these(&[]));
     assert_eq!((ack.response_nonce.as_str(), ack.error_detail), ("n1", None));
     assert!(ack.node.is_none());
     let rejected = [("a".to_owned(), "is bad".to_owned()), ("b".to_owned(), "is worse".to_owned())];
-    let nack = session.answer(Kind::Address.url(), "n2", &rejected);
+    let nack = session.answer(Kind::Address.url(), "n2", &these(&rejected));
     let detail = nack.error_detail.unwrap();
     assert_eq!((nack.response_nonce.as_str(), detail.code), ("n2", 0));
     assert_eq!(detail.message, "a: is bad; b: is worse");
 
     let many: Vec<_> = (0..150).map(|i| (i.to_string(), "bad".to_owned())).collect();
-    let message = session.answer(Kind::Address.url(), "n3", &many).error_detail.unwrap().message;
+    let message =
+        session.answer(Kind::Address.url(), "n3", &these(&many)).error_detail.unwrap().message;
     assert!(message.ends_with("99: bad; and 50 more"), "{message}");
 }
 
 #[test]
 fn an_unknown_type_is_acked_and_makes_nothing_ready() {
     let mut session = session(Subscription::Wildcard);
-    let ack = session.answer("type.googleapis.com/other", "n", &[]);
+    let ack = session.answer("type.googleapis.com/other", "n", &these(&[]));
     assert_eq!((ack.type_url.as_str(), ack.error_detail), ("type.googleapis.com/other", None));
     assert!(!session.is_ready());
 }
@@ -74,12 +84,12 @@ fn ready_once_each_whole_type_was_accepted_in_full() {
         (Kind::Address, &[][..], true),
         (Kind::Address, &bad[..], true),
     ] {
-        wildcard.answer(kind.url(), "n", rejected);
+        wildcard.answer(kind.url(), "n", &these(rejected));
         assert_eq!(wildcard.is_ready(), ready, "{kind:?} {rejected:?}");
     }
     let mut on_demand = session(Subscription::OnDemand);
     assert!(!on_demand.is_ready());
-    on_demand.answer(Kind::Authorization.url(), "n", &[]);
+    on_demand.answer(Kind::Authorization.url(), "n", &these(&[]));
     assert!(on_demand.is_ready());
 }
 

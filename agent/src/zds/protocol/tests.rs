@@ -28,7 +28,7 @@ fn hear(conversation: &mut Conversation, bytes: &[u8], descriptors: usize) -> St
             uids.sort_unstable();
             format!("snapshot {}", uids.join(","))
         }
-        Ok(Some(Order::Lost)) => "lost".to_owned(),
+        Ok(Some(Order::Lost(_))) => "lost".to_owned(),
         Ok(None) => "nothing".to_owned(),
         Err(fault) => fault.to_string(),
     }

@@ -141,7 +141,9 @@ The agent's variables that are known here, as a mapping: no name stands twice, a
 {{- if eq .culvert.redirect "ebpf" -}}
   {{- $_ := set $env "CULVERT_CGROUP" "/host/cgroup" -}}
   {{- $_ := set $env "CULVERT_PIN_PATH" .culvert.pinPath -}}
-  {{- /* Nobody takes new connections while an agent drains: the next one starts when it has ended. */}}
+  {{- $_ := set $env "CULVERT_HANDOVER" "/var/run/culvert/handover.sock" -}}
+  {{- /* For a pod that is deleted without an update: until it has ended there is no next one, which would take new
+  connections. After a hand-over there is, and open ones may go on for the whole grace period. */}}
   {{- if ge (.terminationGracePeriodSeconds | int) 5 }}{{ $_ := set $env "CONNECTION_TERMINATION_DEADLINE" "5s" }}{{ end -}}
 {{- end -}}
 {{- with .culvert.trustDomainAliases }}{{ $_ := set $env "TRUST_DOMAIN_ALIASES" (join "," .) }}{{ end -}}
@@ -157,15 +159,11 @@ The agent's variables that are known here, as a mapping: no name stands twice, a
 
 {{- define "culvert.updateStrategy" -}}
 {{- if .updateStrategy -}}
-  {{- $surge := dig "rollingUpdate" "maxSurge" 0 .updateStrategy | toString -}}
-  {{- if and (eq .culvert.redirect "ebpf") (not (has $surge (list "0" "0%"))) -}}
-    {{- fail (printf "updateStrategy.rollingUpdate.maxSurge is %s, but with culvert.redirect=ebpf two agents cannot run on one node at a time: leave updateStrategy out, or set maxSurge 0 and maxUnavailable 1" $surge) -}}
-  {{- end -}}
   {{- toYaml .updateStrategy -}}
 {{- else -}}
 type: RollingUpdate
 rollingUpdate:
-  maxSurge: {{ ternary 0 1 (eq .culvert.redirect "ebpf") }}
-  maxUnavailable: {{ ternary 1 0 (eq .culvert.redirect "ebpf") }}
+  maxSurge: 1
+  maxUnavailable: 0
 {{- end -}}
 {{- end -}}

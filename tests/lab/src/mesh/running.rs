@@ -35,7 +35,7 @@ impl Running {
         for spec in running.mesh.pods.clone() {
             running.pods.push(running.lab.pod(&spec.node, &spec.name)?);
         }
-        running.write_config()?;
+        running.take_effect()?;
         Ok(running)
     }
 
@@ -52,6 +52,11 @@ impl Running {
     /// The description, as it stands.
     pub fn description(&self) -> &Mesh {
         &self.mesh
+    }
+
+    /// The names of all nodes.
+    pub fn node_names(&self) -> impl Iterator<Item = &str> {
+        self.nodes.iter().map(Node::name)
     }
 
     /// A node by its name. Panics when the mesh has none of that name.
@@ -91,20 +96,20 @@ impl Running {
     /// Changes the description and writes the file anew, in one step as editors do.
     pub fn change(&mut self, change: impl FnOnce(&mut Mesh)) -> Result<()> {
         change(&mut self.mesh);
-        self.write_config()
+        self.take_effect()
     }
 
     /// Adds a pod to a node while the mesh runs.
     pub fn add_pod(&mut self, node: &str, spec: PodSpec) -> Result<()> {
         self.pods.push(self.lab.pod(node, &spec.name)?);
         self.mesh.pods.push(PodSpec { node: node.to_owned(), ..spec });
-        self.write_config()
+        self.take_effect()
     }
 
     /// Removes a pod from the file and then its namespace with the processes in it.
     pub fn remove_pod(&mut self, name: &str) -> Result<()> {
         self.mesh.pods.retain(|spec| spec.name != name);
-        self.write_config()?;
+        self.take_effect()?;
         let at = self.pods.iter().position(|pod| pod.name() == name);
         let pod = self.pods.remove(at.with_context(|| format!("the mesh has no pod {name}"))?);
         self.lab.remove_pod(&pod)
@@ -117,9 +122,19 @@ impl Running {
 
     /// Starts the agent of a node in a given way and waits until it is ready.
     pub fn agent_with(&self, node: &str, options: &AgentOptions) -> Result<Agent> {
-        let mut agent = Agent::start(&self.lab, self.node(node), options)?;
+        let mut agent = self.start_agent(node, options)?;
         agent.wait_ready(START)?;
         Ok(agent)
+    }
+
+    /// Starts the agent of a node in a given way, without waiting for it to be ready.
+    pub fn start_agent(&self, node: &str, options: &AgentOptions) -> Result<Agent> {
+        let mut options = options.clone();
+        if let Some(enroller) = &self.mesh.enroller {
+            let own = std::mem::replace(&mut options.environment, enroller.environment(self, node));
+            options.environment.extend(own);
+        }
+        Agent::start(&self.lab, self.node(node), &options)
     }
 
     /// Begins to record what passes between two nodes.
@@ -142,6 +157,14 @@ impl Running {
             .map(|index| virtual_addresses(index).map(|address| address.to_string()))
             .collect();
         yaml::print(mesh, &Facts { pods: &self.pods, ca: &self.ca(), addresses })
+    }
+
+    fn take_effect(&self) -> Result<()> {
+        self.write_config()?;
+        match &self.mesh.enroller {
+            Some(enroller) => enroller.clone().follow(self).context("enrolling pods"),
+            None => Ok(()),
+        }
     }
 
     fn write_config(&self) -> Result<()> {

@@ -39,6 +39,14 @@ fn another_connection_does_not_count() {
 }
 
 #[test]
+fn a_port_that_two_calls_share_tells_of_both() {
+    let elsewhere = OUT.replace("dst.workload=\"api\"", "dst.workload=\"other\"");
+    let leaving = [elsewhere.as_str(), OUT].join("\n");
+    assert_eq!(check(&call(), &lines(&leaving), &lines(IN)), Ok(()));
+    assert!(check(&call(), &lines(&elsewhere), &lines(IN)).unwrap_err().contains("elsewhere"));
+}
+
+#[test]
 fn a_waypoint_is_another_workload() {
     let through = Expected { through: Through::Waypoint, ..call() };
     assert!(check(&through, &lines(OUT), &[]).unwrap_err().contains("past the waypoint"));

@@ -205,7 +205,7 @@ fn under_load(town: &Town) -> Result<Verdict> {
         }
         Ok(())
     })?;
-    let (mut made, mut lost) = (0, 0);
+    let (mut made, mut lost, mut told) = (0, 0, Vec::new());
     for load in loads {
         let report = load.stop()?;
         // istiod tells the agents and Envoy separately: for a moment one of them is ahead, and Envoy
@@ -217,8 +217,9 @@ fn under_load(town: &Town) -> Result<Verdict> {
         );
         made += report.calls.made;
         lost += report.lost_calls();
+        told.extend(report.tell_losses());
     }
-    Verdict::passed(format!("{lost} of {made} calls lost in four changes"))
+    Verdict::passed(format!("{lost} of {made} calls lost in four changes{}", told.concat()))
 }
 
 fn missing(town: &Town) -> Result<Verdict> {
