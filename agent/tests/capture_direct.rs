@@ -482,7 +482,6 @@ fn programs_are_easy_to_verify() {
         }
         // Known from Linux 5.16.
         let Some(verified) = program.verified_instruction_count() else { return };
-        println!("{name}: {verified}");
         assert!(verified < 100_000, "{name}: {verified}");
         seen += 1;
     }
