@@ -13,8 +13,8 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_EXIST, BPF_NOEXIST, BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP,
     BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, BPF_TCP_CLOSE,
-    BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2,
-    BPF_TCP_LAST_ACK, bpf_sock, bpf_sock_ops,
+    BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK,
+    bpf_sock, bpf_sock_ops,
 };
 use aya_ebpf::helpers::generated::{
     bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_reserve_hdr_opt,
@@ -36,6 +36,8 @@ use crate::maps::{
 };
 use crate::socket;
 
+/// `AF_INET`.
+const INET: u32 = 2;
 /// Socket options, the same numbers on every architecture Culvert runs on.
 const SOL_SOCKET: i32 = 1;
 const SO_BINDTODEVICE: i32 = 25;
@@ -195,9 +197,6 @@ impl Socket<'_> {
         unsafe { bpf_skc_to_mptcp_sock(sk.cast()).is_null() }
     }
 }
-
-/// `AF_INET`.
-const INET: u32 = 2;
 
 /// Whether a verdict counts now.
 #[inline(always)]
@@ -447,7 +446,6 @@ fn fins(old: u32, all_acked: bool, more_received: bool) -> (bool, bool) {
         BPF_TCP_FIN_WAIT2 => (true, more_received),
         BPF_TCP_LAST_ACK | BPF_TCP_CLOSING => (all_acked, true),
         BPF_TCP_CLOSE_WAIT => (false, true),
-        BPF_TCP_FIN_WAIT1 => (false, false),
         _ => (false, false),
     }
 }
