@@ -295,7 +295,7 @@ async fn other_addresses_serve_when_the_first_is_gone_or_silent() {
     let cache = cache(&settings, Trust::default());
     let begun = Instant::now();
     fetch(&cache, "x").await.unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(25), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", begun.elapsed());
     assert_eq!((silent.asked().len(), scene.ca.asked().len()), (1, 1));
     // What did answer stays.
     fetch(&cache, "y").await.unwrap();
