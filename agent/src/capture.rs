@@ -41,7 +41,7 @@ pub use direct::Direct;
 pub use inheritance::is_unattended;
 pub use logs::{KERNEL_LOG, KernelLogs};
 pub use maps::MapCounts;
-pub use netns::{DnsSockets, ListenOptions, Listeners, Marks, Netns, NetnsError};
+pub use netns::{Carried, DnsSockets, ListenOptions, Listeners, Marks, Netns, NetnsError};
 pub use redirection::{NoOriginalDst, Redirection, plaintext_dst};
 pub use sys::raise_open_files;
 

@@ -7,10 +7,11 @@
 //! kernel, and told as of any other connection; one that is no longer permitted is ended.
 
 mod flows;
+mod meter;
 mod table;
 mod verdicts;
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +20,7 @@ use culvert_core::addr::OriginalDst;
 use culvert_core::tables::{NetnsCookie, VerdictId, VerdictKey};
 use culvert_core::view::Coverage;
 use futures_util::future::join_all;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -27,13 +28,14 @@ use tokio_util::sync::CancellationToken;
 use crate::ca::Certificates;
 use crate::capture::Redirection;
 use crate::capture::direct::{DirectFlow, SocketCookie};
-use crate::node::{Mesh, Node};
+use crate::node::{LocalPods, Mesh, Node};
 use crate::pods::Pod;
 use crate::telemetry::DirectReading;
 
 pub use table::{Grant, LocalPod};
 pub use verdicts::{NoVerdict, Terms};
 
+use flows::Live;
 use verdicts::Verdicts;
 
 /// How many destinations may wait for their verdict.
@@ -59,6 +61,7 @@ struct Inner {
     /// Connections whose verdict was taken back while they were on their way: the agent has accepted
     /// them in the destination's place, and tells of them there.
     handed: Mutex<VecDeque<SocketCookie>>,
+    live: Mutex<HashMap<SocketCookie, Live>>,
     stopped: CancellationToken,
 }
 
@@ -85,6 +88,7 @@ impl Direct {
             offers,
             offered: Mutex::new(Some(offered)),
             handed: Mutex::default(),
+            live: Mutex::default(),
             stopped: CancellationToken::new(),
         })))
     }
@@ -148,6 +152,16 @@ impl Direct {
         self.0.verdicts.terms().coverage
     }
 
+    fn live(&self) -> MutexGuard<'_, HashMap<SocketCookie, Live>> {
+        self.0.live.lock()
+    }
+
+    /// Counts what live connections have carried so far. Blocks for some microseconds for each.
+    pub fn measure(&self, pods: &LocalPods) {
+        let meters: Vec<_> = self.live().values().map(|live| live.meter.clone()).collect();
+        meter::read(&meters, pods);
+    }
+
     fn is_handed(&self, socket: SocketCookie) -> bool {
         self.0.handed.lock().contains(&socket)
     }
@@ -186,6 +200,7 @@ impl Direct {
             full: counts.full,
             special: counts.special,
             retracted: counts.retracted,
+            backend_gone: counts.backend_gone,
             unrecorded: counts.unrecorded,
             events_lost: counts.events_lost,
         }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use culvert_core::admit::HeaderTo;
@@ -200,6 +200,8 @@ pub struct Mesh {
     writing: Mutex<()>,
     pods: ArcSwap<Pods>,
     published: watch::Sender<u64>,
+    /// When the first publication was made that live connections have not been judged by.
+    unjudged: Mutex<Option<Instant>>,
     follower: OnceLock<Follower>,
     tunnelled: Arc<Tunnelled>,
 }
@@ -265,6 +267,7 @@ impl Mesh {
             writing: Mutex::new(()),
             pods: ArcSwap::from_pointee(Pods::default()),
             published: watch::Sender::new(0),
+            unjudged: Mutex::default(),
             follower: OnceLock::new(),
             tunnelled: Arc::default(),
         }
@@ -329,11 +332,18 @@ impl Mesh {
     }
 
     fn tell(&self, before: &Snapshot, now: &Snapshot, same_pods: bool) {
+        self.unjudged.lock().get_or_insert_with(Instant::now);
         if let Some(follower) = self.follower.get() {
             let Pods { all, enrolled, .. } = &**self.pods.load();
             follower(&Publication { before, now, pods: all, enrolled, same_pods });
         }
         self.published.send_modify(|count| *count += 1);
+    }
+
+    /// When the first publication was made since this was asked last, or now if there was none. Asked
+    /// by whoever judges live connections, before it looks at what is published.
+    pub fn judging(&self) -> Instant {
+        self.unjudged.lock().take().unwrap_or_else(Instant::now)
     }
 
     /// Sees each publication after this call.

@@ -19,6 +19,7 @@ use std::fmt;
 use std::fmt::Display;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use culvert_core::authorization::Action;
 use culvert_core::workload::{PolicyKey, Workload};
@@ -221,6 +222,12 @@ impl Telemetry {
     /// Notes what the kernel measured of a connection that it carried.
     pub fn transport(&self, context: &ConnectionContext, facts: &TransportFacts) {
         self.0.transport.observe(context, facts);
+    }
+
+    /// Notes how long a connection that the kernel carried went on after a publication that no longer
+    /// permits it.
+    pub fn revoked(&self, after: Duration) {
+        self.0.transport.revoked(after);
     }
 
     /// Counts the evaluation of a policy that is in dry run.

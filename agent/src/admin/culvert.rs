@@ -201,6 +201,7 @@ impl<'a> PodView<'a> {
 }
 
 pub(super) fn connections(sources: &Sources) -> serde_json::Result<Vec<u8>> {
+    sources.state.measure();
     let all = sources.state.connections().all();
     let views: Vec<ConnectionView> = all.iter().map(ConnectionView::of).collect();
     serde_json::to_vec_pretty(&views)

@@ -42,6 +42,8 @@ impl AdminState for Fixed {
         &self.connections
     }
 
+    fn measure(&self) {}
+
     fn agent(&self) -> Agent {
         Agent {
             version: "0.1.0".to_owned(),

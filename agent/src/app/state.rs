@@ -277,6 +277,12 @@ impl AdminState for State {
         &self.node.connections
     }
 
+    fn measure(&self) {
+        if let Some(direct) = &self.node.direct {
+            direct.measure(&self.node.mesh.pods());
+        }
+    }
+
     fn agent(&self) -> Agent {
         let programs = self.node.capture.programs().into_iter();
         Agent {

@@ -24,6 +24,8 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use super::direct::SocketCookie;
 use super::sys;
 
+pub use sockets::Carried;
+
 /// Wanted room for questions that wait to be read, in bytes.
 const QUERY_BUFFER: usize = 1 << 20;
 
@@ -271,6 +273,15 @@ impl Netns {
         remote: SocketAddr,
     ) -> io::Result<Option<SocketCookie>> {
         sockets::find(self, local, remote)
+    }
+
+    /// What TCP connections of the namespace, each with its ends and its socket, have carried so far;
+    /// `None` of those that are gone (`tcp_info`, Linux 4.1).
+    pub fn carried(
+        &self,
+        connections: impl IntoIterator<Item = (SocketAddr, SocketAddr, SocketCookie)>,
+    ) -> io::Result<Vec<Option<Carried>>> {
+        sockets::carried(self, connections)
     }
 
     /// Keeps connections that rules of the pod have translated whole when those rules go (nftables,

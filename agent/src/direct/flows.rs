@@ -1,45 +1,48 @@
 //! The live direct connections: told of when the kernel tells of them, judged again, and ended.
 
-use std::collections::HashMap;
+mod told;
+
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use culvert_core::addr::{Authority, OriginalDst};
-use culvert_core::admit::{self, Admission, HeaderTo, Inbound};
-use culvert_core::authorization::Connection;
-use culvert_core::resolve::{self, Destination};
-use culvert_core::service::Service;
 use culvert_core::tables::NetnsCookie;
-use culvert_core::view::{Answers, Step, View};
 use culvert_core::workload::Workload;
 use tokio::sync::oneshot;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::{Direct, LocalPod};
-use crate::capture::Netns;
+use super::Direct;
+use super::meter::Meter;
 use crate::capture::direct::{self, DirectFlow, Ended, FlowEvent, SocketCookie, TcpFacts};
-use crate::connections::{CloseReason, Direction, Guard, LiveConnection, Protocol};
+use crate::capture::{Carried, Netns};
+use crate::connections::{CloseReason, Guard};
 use crate::node::{Node, denial};
 use crate::session;
-use crate::telemetry::{
-    ConnectionContext, Failure, OpenConnection, Reporter, ResponseFlag, TransportFacts,
-};
+use crate::telemetry::{Failure, OpenConnection, Reporter, ResponseFlag, TransportFacts};
+
+use told::Told;
 
 /// How long to wait for the kernel to tell how a connection ended that was ended on our word.
 const END_LIMIT: Duration = Duration::from_secs(5);
 /// How often live connections are compared with the kernel's list, in case an event was lost.
 const COMPARE: Duration = Duration::from_secs(10);
+/// A connection that was let go before its verdict was taken back is established within this, and
+/// looked for so often.
+const UNDER_WAY: Duration = Duration::from_millis(200);
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// Follows all direct connections for as long as it is polled.
 pub(super) async fn follow(direct: Direct, node: Arc<Node>) {
     let Some(mut events) = node.capture.direct().and_then(|kernel| kernel.events()) else {
         return std::future::pending().await;
     };
-    let mut flows = Flows { direct: direct.clone(), node, live: HashMap::new() };
+    let mut flows = Flows { direct: direct.clone(), node, again: HashSet::new() };
     let mut compare = interval(COMPARE);
     compare.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut look_again = Instant::now();
     loop {
+        let again = !flows.again.is_empty();
         tokio::select! {
             // What has happened is taken before a look at what is.
             biased;
@@ -51,7 +54,15 @@ pub(super) async fn follow(direct: Direct, node: Arc<Node>) {
                     return std::future::pending().await;
                 }
             },
-            sources = direct.taken_back() => flows.look_at(sources),
+            sources = direct.taken_back() => {
+                flows.look_at(sources);
+                look_again = Instant::now() + LOOK_AGAIN;
+            }
+            () = sleep_until(look_again), if again => {
+                let sources = std::mem::take(&mut flows.again);
+                flows.look_at(sources);
+                look_again = Instant::now() + LOOK_AGAIN;
+            }
             _ = compare.tick() => flows.compare(),
         }
     }
@@ -60,39 +71,45 @@ pub(super) async fn follow(direct: Direct, node: Arc<Node>) {
 struct Flows {
     direct: Direct,
     node: Arc<Node>,
-    live: HashMap<SocketCookie, Live>,
+    /// Pods whose verdicts were taken back while connections of theirs were under way.
+    again: HashSet<NetnsCookie>,
 }
 
-struct Live {
+/// A connection that is followed.
+#[derive(Debug)]
+pub(super) struct Live {
     /// Where its task hears of its end, with what is known of it. Without a word, when nobody follows
     /// it any more.
     ended: oneshot::Sender<Option<TcpFacts>>,
     /// How many times in a row it was missing from the kernel's list.
     missing: u8,
+    pub meter: Arc<Meter>,
 }
 
 impl Flows {
     fn open(&mut self, flow: DirectFlow) {
-        if self.live.contains_key(&flow.socket) {
+        if self.direct.live().contains_key(&flow.socket) {
             return;
         }
-        let Some(told) = self.told(&flow) else { return };
+        let Some(told) = Told::of(&self.direct, &self.node, &flow) else { return };
         let (ended, end) = oneshot::channel();
-        self.live.insert(flow.socket, Live { ended, missing: 0 });
         // Registered before it is judged, and both before the next event.
         let open = Open::new(self.node.clone(), flow, told);
+        let live = Live { ended, missing: 0, meter: open.meter.clone() };
+        self.direct.live().insert(flow.socket, live);
         open.judge();
         tokio::spawn(open.watch(end));
     }
 
     fn close(&mut self, flow: DirectFlow, facts: TcpFacts) {
-        if let Some(live) = self.live.remove(&flow.socket) {
+        let live = self.direct.live().remove(&flow.socket);
+        if let Some(live) = live {
             // Whoever waited may have given up.
             let _ = live.ended.send(Some(facts));
             return;
         }
         // It was over before it was heard of, or never was.
-        let Some(told) = self.told(&flow) else { return };
+        let Some(told) = Told::of(&self.direct, &self.node, &flow) else { return };
         let open = Open::new(self.node.clone(), flow, told);
         let outcome = match facts.ended {
             Ended::Refused => Err(refused()),
@@ -108,6 +125,7 @@ impl Flows {
     /// verdicts were taken back must be judged now.
     fn look_at(&mut self, sources: impl IntoIterator<Item = NetnsCookie>) {
         let Some(kernel) = self.node.capture.direct() else { return };
+        let now = direct::since_boot();
         let mut new = Vec::new();
         for source in sources {
             let flows = match kernel.flows(source) {
@@ -117,10 +135,14 @@ impl Flows {
                     continue;
                 }
             };
+            let mut live = self.direct.live();
             for flow in flows {
-                match self.live.get_mut(&flow.socket) {
+                match live.get_mut(&flow.socket) {
                     Some(live) => live.missing = 0,
                     None if flow.established_at.is_some() => new.push(flow),
+                    None if now.saturating_sub(flow.connected_at) < UNDER_WAY => {
+                        self.again.insert(source);
+                    }
                     None => {}
                 }
             }
@@ -128,9 +150,10 @@ impl Flows {
         new.into_iter().for_each(|flow| self.open(flow));
     }
 
-    /// Compares what is told of with what the kernel lists, in case an event was lost.
+    /// Compares what is told of with what the kernel lists, in case an event was lost, and reads what
+    /// was carried so far.
     fn compare(&mut self) {
-        for live in self.live.values_mut() {
+        for live in self.direct.live().values_mut() {
             live.missing = live.missing.saturating_add(1);
         }
         let Some(kernel) = self.node.capture.direct() else { return };
@@ -138,85 +161,13 @@ impl Flows {
         self.look_at(sources);
         // Of what has ended just now the event is on its way.
         let is_lost = |_: &SocketCookie, live: &mut Live| live.missing >= 2;
-        for (_, live) in self.live.extract_if(is_lost) {
+        for (_, live) in self.direct.live().extract_if(is_lost) {
             let _ = live.ended.send(None);
         }
-        self.live.retain(|_, live| !live.ended.is_closed());
+        self.direct.live().retain(|_, live| !live.ended.is_closed());
+        let (direct, pods) = (self.direct.clone(), self.node.mesh.pods());
+        tokio::task::spawn_blocking(move || direct.measure(&pods));
     }
-
-    /// Who is at both ends.
-    fn told(&self, flow: &DirectFlow) -> Option<Told> {
-        let pods = self.node.mesh.pods();
-        let snapshot = self.node.mesh.snapshot();
-        let find = |cookie| {
-            let (pod, uid) = pods.iter().find(|(pod, _)| pod.netns.cookie() == cookie)?;
-            let workload = snapshot.workload(uid.as_deref()?)?.clone();
-            Some((LocalPod { uid: pod.uid.clone(), netns: cookie }, workload))
-        };
-        let handed = self.direct.is_handed(flow.socket);
-        if let Some(grant) = self.direct.verdict(flow.verdict) {
-            grant.touch(flow.connected_at);
-            let backends = grant.verdict.backends.iter().zip(&grant.pods);
-            let mut backends = backends.filter(|(backend, pod)| {
-                pod.netns == flow.destination && backend.to() == flow.server
-            });
-            if let Some((backend, pod)) = backends.next() {
-                let Admission { connection, service, .. } = backend.admission.clone();
-                return Some(Told {
-                    source: (grant.source_pod.clone(), grant.source.clone()),
-                    destination: (pod.clone(), backend.workload.clone()),
-                    addressed: grant.verdict.service.clone(),
-                    service,
-                    connection,
-                    handed,
-                });
-            }
-        }
-        // A verdict of an earlier agent.
-        let (source, destination) = (find(flow.source)?, find(flow.destination)?);
-        let original = OriginalDst::new(flow.original);
-        let namespace = Some(&*source.1.namespace);
-        let (network, ip) = (&*self.node.network, original.ip());
-        let addressed = match resolve::upstream_at(&snapshot, network, ip, namespace) {
-            Destination::Service(service) => Some(service.clone()),
-            Destination::Workload(_) | Destination::Unknown => None,
-        };
-        let (identity, authority) = (source.1.identity(), Authority::Addr(flow.server));
-        let inbound = Inbound {
-            local: &destination.1,
-            addressed: flow.server.ip(),
-            peer: flow.client,
-            identity: &identity,
-            authority: &authority,
-            forwarded_host: addressed.as_ref().map(|service| &*service.hostname),
-            header_to: HeaderTo::Address,
-        };
-        let (enrolled, answers) = (self.node.mesh.enrolled(), Answers::default());
-        let view = View {
-            snapshot: &snapshot,
-            network: &self.node.network,
-            node: &self.node.name,
-            enrolled: &enrolled,
-            answers: &answers,
-            coverage: self.direct.coverage(),
-        };
-        let Step::Done(Ok(admission)) = admit::admit(&view, &inbound) else { return None };
-        let Admission { connection, service, .. } = admission;
-        Some(Told { source, destination, addressed, service, connection, handed })
-    }
-}
-
-/// The ends of a connection, as they are told of.
-struct Told {
-    source: (LocalPod, Arc<Workload>),
-    destination: (LocalPod, Arc<Workload>),
-    /// The service that the application connected to.
-    addressed: Option<Arc<Service>>,
-    /// The service that the destination takes it to be for.
-    service: Option<Arc<Service>>,
-    connection: Connection,
-    /// The agent has accepted it in the destination's place, and tells of it there.
-    handed: bool,
 }
 
 /// A connection that has been told of as opened.
@@ -225,6 +176,7 @@ struct Open {
     flow: DirectFlow,
     ends: Option<Ends>,
     workload: Arc<Workload>,
+    meter: Arc<Meter>,
     /// Cancelled when the pod at an end is gone.
     gone: [CancellationToken; 2],
 }
@@ -239,9 +191,12 @@ impl Open {
     fn new(node: Arc<Node>, flow: DirectFlow, told: Told) -> Self {
         let source = told.open(&node, &flow, Reporter::Source);
         let destination = (!told.handed).then(|| told.open(&node, &flow, Reporter::Destination));
+        let counted = [Some(&source), destination.as_ref()].into_iter().flatten();
+        let counters = counted.map(|(open, _)| open.counters()).collect();
+        let meter = Arc::new(Meter::new(flow, counters));
         let ends = Some(Ends { source, destination });
         let gone = [flow.source, flow.destination].map(|cookie| ending(&node, cookie));
-        Self { node, flow, ends, workload: told.destination.1, gone }
+        Self { node, flow, ends, workload: told.destination.1, meter, gone }
     }
 
     /// Judges it by the policies of now, which also tells of policies in dry run.
@@ -274,6 +229,11 @@ impl Open {
             reason = self.closed() => reason,
         };
         self.destroy().await;
+        if let CloseReason::PolicyChange { .. } = reason {
+            let overdue =
+                self.ends.as_ref().and_then(|ends| ends.destination.as_ref()?.1.overdue());
+            overdue.into_iter().for_each(|time| self.node.telemetry.revoked(time));
+        }
         let facts = timeout(END_LIMIT, &mut end).await.ok().and_then(Result::ok).flatten();
         self.end(facts, Err(reason.into()));
     }
@@ -317,13 +277,8 @@ impl Open {
         let flow = &self.flow;
         let began = flow.established_at.unwrap_or(flow.connected_at);
         let lasted = facts.map_or_else(direct::since_boot, |facts| facts.at).saturating_sub(began);
-        let count = |open: &OpenConnection| {
-            if let Some(facts) = facts {
-                open.counters().add_received(facts.sent);
-                open.counters().add_sent(facts.received);
-            }
-        };
         if let Some(facts) = facts {
+            self.meter.advance(Carried { sent: facts.sent, received: facts.received });
             let measured = TransportFacts {
                 connect: flow.established_at.map(|at| at.saturating_sub(flow.connected_at)),
                 round_trip: facts.srtt,
@@ -331,10 +286,8 @@ impl Open {
             };
             self.node.telemetry.transport(source.0.context(), &measured);
         }
-        count(&source.0);
         source.0.close_after(lasted, outcome.clone().map_err(session::as_source));
         if let Some((destination, _registered)) = destination {
-            count(&destination);
             destination.close_after(lasted, outcome);
         }
     }
@@ -349,46 +302,6 @@ impl Drop for Open {
                 destination.hand_on();
             }
         }
-    }
-}
-
-impl Told {
-    fn open(&self, node: &Node, flow: &DirectFlow, reporter: Reporter) -> (OpenConnection, Guard) {
-        let identities = (self.source.1.identity(), self.destination.1.identity());
-        let (direction, end, connection, service) = match reporter {
-            Reporter::Source => (Direction::Outbound, &self.source, None, &self.addressed),
-            Reporter::Destination => {
-                (Direction::Inbound, &self.destination, Some(&self.connection), &self.service)
-            }
-        };
-        let open = node.telemetry.open(ConnectionContext {
-            reporter,
-            source: Some(self.source.1.clone()),
-            source_identity: Some(identities.0.clone()),
-            baggage: None,
-            destination: Some(self.destination.1.clone()),
-            destination_identity: Some(identities.1.clone()),
-            service: service.clone(),
-            src: flow.client,
-            dst: flow.server,
-            hbone_addr: None,
-            mutual_tls: true,
-        });
-        let guard = node.connections.register(LiveConnection {
-            direction,
-            protocol: Protocol::Direct,
-            src: flow.client,
-            original_dst: Some(flow.original.to_string()),
-            actual_dst: flow.server,
-            pod: end.0.uid.clone(),
-            workload: end.1.uid.clone(),
-            connection: connection.cloned(),
-            source_identity: Some(identities.0),
-            destination_identity: Some(identities.1),
-            service: service.as_ref().map(|service| service.hostname.clone()),
-            counters: open.counters(),
-        });
-        (open, guard)
     }
 }
 

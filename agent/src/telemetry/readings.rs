@@ -39,6 +39,8 @@ pub struct DirectReading {
     pub full: u64,
     /// the socket was special,
     pub special: u64,
+    /// the pod that was drawn is leaving, or has lost its address,
+    pub backend_gone: u64,
     /// or the verdict was taken back while the connection was on its way.
     pub retracted: u64,
     /// Connections that failed because they could not be noted.
@@ -158,6 +160,7 @@ impl Reading for DirectReading {
             ("expired", self.expired),
             ("full", self.full),
             ("special", self.special),
+            ("backend_gone", self.backend_gone),
             ("retracted", self.retracted),
             ("unrecorded", self.unrecorded),
         ] {

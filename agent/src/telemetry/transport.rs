@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::encoding::{EncodeLabel, EncodeLabelSet, LabelSetEncoder};
+use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 use super::collector;
@@ -17,6 +18,9 @@ const PAIRS: usize = 500;
 /// In seconds: within a node connections take tens of microseconds, until something is wrong.
 const BOUNDS: &[f64] =
     &[0.000_025, 0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.005, 0.025, 0.1, 0.5, 1.0];
+
+/// In seconds: 0.1 is what is promised.
+const REVOKED_BOUNDS: &[f64] = &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0];
 
 /// What is known of one connection when it has ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,10 +38,17 @@ pub(super) struct TransportMetrics {
     connect: Arc<BoundedHistograms<Pair>>,
     round_trip: Arc<BoundedHistograms<Pair>>,
     retransmits: Arc<BoundedCounters<Pair>>,
+    revoked: Histogram,
 }
 
 impl TransportMetrics {
     pub fn new(registry: &mut Registry) -> Self {
+        let revoked = Histogram::new(REVOKED_BOUNDS.iter().copied());
+        registry.register(
+            "culvert_direct_revocation_seconds",
+            "Time from a publication to the end of a connection that it no longer permits",
+            revoked.clone(),
+        );
         let mut histograms = |name, help| {
             let new = BoundedHistograms::new(name, help, BOUNDS, PAIRS, Pair::overflow());
             collector(registry, new)
@@ -60,7 +71,12 @@ impl TransportMetrics {
                     Pair::overflow(),
                 ),
             ),
+            revoked,
         }
+    }
+
+    pub fn revoked(&self, after: Duration) {
+        self.revoked.observe(after.as_secs_f64());
     }
 
     pub fn observe(&self, context: &ConnectionContext, facts: &TransportFacts) {

@@ -1,4 +1,4 @@
-//! Finding and ending connections of a namespace through sock_diag(7).
+//! Finding, reading and ending connections of a namespace through sock_diag(7).
 //!
 //! The kernel looks a connection up as if a segment of it had arrived, and so finds a listener where
 //! there is no connection. Therefore nothing is ended but by the cookie of its socket.
@@ -20,9 +20,28 @@ const DESTROY: u16 = 21;
 const LISTEN: u8 = 10;
 /// `INET_DIAG_NOCOOKIE`, twice.
 const NO_COOKIE: SocketCookie = SocketCookie(u64::MAX);
-/// Lengths of `nlmsghdr` and of what stands before the cookie in `inet_diag_msg`.
+/// Lengths of `nlmsghdr`, of what stands before the cookie in `inet_diag_msg`, and of all of that.
 const HEADER: usize = 16;
 const BEFORE_COOKIE: usize = 44;
+const MESSAGE: usize = 72;
+/// `INET_DIAG_INFO`: the attribute that holds a `tcp_info`, and the bit that asks for it.
+const INFO: u16 = 2;
+const WITH_INFO: u8 = 1 << (INFO - 1);
+/// Where `tcp_info` has `tcpi_bytes_acked` and `tcpi_bytes_received` (Linux 4.1).
+const BYTES_ACKED: usize = 120;
+const BYTES_RECEIVED: usize = 128;
+/// States of a socket that has sent its end and knows that it arrived, and of those that have the
+/// other's (`TCP_FIN_WAIT2`, `TCP_CLOSE_WAIT`, `TCP_LAST_ACK`, `TCP_CLOSING`).
+const SENT_END: [u8; 1] = [5];
+const HAVE_END: [u8; 3] = [8, 9, 11];
+
+/// How much a connection has carried so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Carried {
+    /// Bytes that the other end's kernel acknowledged.
+    pub sent: u64,
+    pub received: u64,
+}
 
 /// Ends a connection; `false` when there is none, or its socket is another one by now.
 pub fn destroy(
@@ -31,11 +50,27 @@ pub fn destroy(
     remote: SocketAddr,
     cookie: SocketCookie,
 ) -> io::Result<bool> {
-    match ask(&open(netns)?, DESTROY, local, remote, cookie) {
+    match ask(&open(netns)?, DESTROY, 0, local, remote, cookie) {
         Ok(_) => Ok(true),
         Err(error) if is_absent(&error) => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// What connections, each with its ends and its socket, have carried; `None` of those that are gone.
+pub fn carried(
+    netns: &Netns,
+    connections: impl IntoIterator<Item = (SocketAddr, SocketAddr, SocketCookie)>,
+) -> io::Result<Vec<Option<Carried>>> {
+    let socket = open(netns)?;
+    let read = connections.into_iter().map(|(local, remote, cookie)| {
+        match ask(&socket, BY_FAMILY, WITH_INFO, local, remote, cookie) {
+            Ok(found) => Ok(found.and_then(|found| found.carried)),
+            Err(error) if is_absent(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    });
+    read.collect()
 }
 
 /// The socket of a connection.
@@ -44,7 +79,7 @@ pub fn find(
     local: SocketAddr,
     remote: SocketAddr,
 ) -> io::Result<Option<SocketCookie>> {
-    match ask(&open(netns)?, BY_FAMILY, local, remote, NO_COOKIE) {
+    match ask(&open(netns)?, BY_FAMILY, 0, local, remote, NO_COOKIE) {
         Ok(Some(found)) if found.state != LISTEN => Ok(Some(found.cookie)),
         Ok(_) => Ok(None),
         Err(error) if is_absent(&error) => Ok(None),
@@ -57,7 +92,7 @@ pub fn find(
 pub fn can_destroy(listener: &std::net::TcpListener, cookie: SocketCookie) -> io::Result<bool> {
     let local = listener.local_addr()?;
     let remote = SocketAddr::from(([0, 0, 0, 0], 0));
-    match ask(&socket()?, DESTROY, local, remote, cookie) {
+    match ask(&socket()?, DESTROY, 0, local, remote, cookie) {
         Ok(_) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(false),
         Err(error) if is_absent(&error) => Ok(false),
@@ -83,17 +118,20 @@ fn socket() -> io::Result<Socket> {
 struct Found {
     state: u8,
     cookie: SocketCookie,
+    /// `None` where it was not asked for.
+    carried: Option<Carried>,
 }
 
 /// The kernel has answered when `send` returns.
 fn ask(
     socket: &Socket,
     kind: u16,
+    extensions: u8,
     local: SocketAddr,
     remote: SocketAddr,
     cookie: SocketCookie,
 ) -> io::Result<Option<Found>> {
-    socket.send(&request(kind, local, remote, cookie))?;
+    socket.send(&request(kind, extensions, local, remote, cookie))?;
     let mut buffer = [0; 4096];
     let mut found = None;
     loop {
@@ -110,7 +148,13 @@ fn ask(
 }
 
 /// `nlmsghdr`, then `inet_diag_req_v2` with its `inet_diag_sockid`.
-fn request(kind: u16, local: SocketAddr, remote: SocketAddr, cookie: SocketCookie) -> Vec<u8> {
+fn request(
+    kind: u16,
+    extensions: u8,
+    local: SocketAddr,
+    remote: SocketAddr,
+    cookie: SocketCookie,
+) -> Vec<u8> {
     let (local, remote) = (canonical(local), canonical(remote));
     let family = if local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
@@ -118,7 +162,7 @@ fn request(kind: u16, local: SocketAddr, remote: SocketAddr, cookie: SocketCooki
     message.extend(kind.to_ne_bytes());
     message.extend(flags.to_ne_bytes());
     message.extend([0; 8]);
-    message.extend([family as u8, libc::IPPROTO_TCP as u8, 0, 0]);
+    message.extend([family as u8, libc::IPPROTO_TCP as u8, extensions, 0]);
     message.extend(u32::MAX.to_ne_bytes());
     message.extend(local.port().to_be_bytes());
     message.extend(remote.port().to_be_bytes());
@@ -159,11 +203,38 @@ fn parse(answer: &[u8]) -> io::Result<Option<Found>> {
         };
     }
     let state = rest.get(1).copied();
-    let cookie = rest.get(BEFORE_COOKIE..).and_then(|rest| rest.split_first_chunk::<8>());
-    let (Some(state), Some((cookie, _))) = (state, cookie) else { return Ok(None) };
-    let [a, b, c, d, e, f, g, h] = *cookie;
-    let low = u32::from_ne_bytes([a, b, c, d]);
-    let high = u32::from_ne_bytes([e, f, g, h]);
-    let cookie = SocketCookie(u64::from(high) << 32 | u64::from(low));
-    Ok(Some(Found { state, cookie }))
+    let (Some(state), Some(cookie)) = (state, number(rest, BEFORE_COOKIE)) else {
+        return Ok(None);
+    };
+    // Two halves, the lower one first, on every machine.
+    let cookie = if cfg!(target_endian = "big") { cookie.rotate_left(32) } else { cookie };
+    let cookie = SocketCookie(cookie);
+    let info = rest.get(MESSAGE..).and_then(info);
+    let carried = info.and_then(|info| {
+        let (acked, received) = (number(info, BYTES_ACKED)?, number(info, BYTES_RECEIVED)?);
+        let (ours, theirs) = (SENT_END.contains(&state), HAVE_END.contains(&state));
+        // What is sent counts the SYN; both count the FIN.
+        let sent = acked.saturating_sub(1).saturating_sub(ours.into());
+        Some(Carried { sent, received: received.saturating_sub(theirs.into()) })
+    });
+    Ok(Some(Found { state, cookie, carried }))
+}
+
+/// The `tcp_info` among attributes (`rtattr`).
+fn info(mut attributes: &[u8]) -> Option<&[u8]> {
+    loop {
+        let ([a, b, c, d], _) = attributes.split_first_chunk::<4>()?;
+        let (length, kind) = (u16::from_ne_bytes([*a, *b]), u16::from_ne_bytes([*c, *d]));
+        let length = usize::from(length);
+        if kind == INFO {
+            return attributes.get(4..length);
+        }
+        // Each begins at a multiple of four; none is shorter than its head.
+        attributes = attributes.get(length.max(4).next_multiple_of(4)..)?;
+    }
+}
+
+fn number(bytes: &[u8], at: usize) -> Option<u64> {
+    let (number, _) = bytes.get(at..)?.split_first_chunk::<8>()?;
+    Some(u64::from_ne_bytes(*number))
 }
