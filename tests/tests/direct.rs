@@ -55,6 +55,29 @@ fn processor_time(agent: &Agent) -> Duration {
     Duration::from_millis(ticks * 10)
 }
 
+/// How long after a publication connections ended that it no longer permits.
+#[derive(Debug)]
+struct Lateness {
+    count: f64,
+    /// What is promised.
+    within_100_ms: f64,
+    /// What holds on a machine that has other things to do.
+    within_a_second: f64,
+}
+
+impl Lateness {
+    fn of(agent: &Agent) -> anyhow::Result<Self> {
+        let name = "culvert_direct_revocation_seconds";
+        let within =
+            |bound: &str| agent.metric(&format!("{name}_bucket"), &[&format!("le=\"{bound}\"")]);
+        Ok(Self {
+            count: agent.metric(&format!("{name}_count"), &[])?,
+            within_100_ms: within("0.1")?,
+            within_a_second: within("1.0")?,
+        })
+    }
+}
+
 fn kill(agent: &mut Agent) {
     agent.process().kill().unwrap();
 }
@@ -144,6 +167,16 @@ fn live_connections_are_listed_as_direct() {
         directions.len() == 2 && directions.contains(&"inbound".to_owned())
     };
     wait::until("both ends in the list", wait::SOON, listed).unwrap();
+    // What it has carried is told before it ends, in the client's direction and back, at both ends.
+    let carried = || {
+        let all = answer(&a, "/culvert/connections").unwrap();
+        let bytes = |name: &str| -> Vec<u64> {
+            all.as_array().unwrap().iter().filter_map(|it| it[name].as_u64()).collect()
+        };
+        let all = [bytes("received"), bytes("sent")].concat();
+        all.len() == 4 && all.into_iter().all(|bytes| bytes > 100_000)
+    };
+    wait::until("bytes in the list", wait::SOON, carried).unwrap();
     let pods = answer(&a, "/culvert/pods").unwrap();
     let of = |name: &str| {
         let mut pods = pods.as_array().unwrap().iter();
@@ -208,6 +241,8 @@ fn denied_connections_end_within_a_moment_and_new_ones_are_refused() {
     }
     let closed = a.metric("culvert_authorization_rejudged_closings_total", &[]).unwrap();
     assert!(closed >= 2.0, "{closed}");
+    let late = Lateness::of(&a).unwrap();
+    assert!(late.count >= 2.0 && late.within_a_second == late.count, "{late:?}");
     logged(&a, &["connection complete", "policy change", "no-client"]).unwrap();
 }
 
