@@ -142,6 +142,14 @@ impl Netns {
         Netns::open(format!("/proc/{pid}/ns/net"))
     }
 
+    /// That of a socket.
+    pub fn of_socket(socket: impl AsFd) -> Result<Netns, NetnsError> {
+        let path = Path::new("of a socket");
+        let failed = |error| NetnsError::Open { path: path.to_owned(), error };
+        let file = sys::netns_of(socket.as_fd()).map_err(failed)?;
+        Netns::of(file.into(), path)
+    }
+
     /// That of the calling thread.
     pub fn current() -> Result<Netns, NetnsError> {
         Netns::open(CURRENT)

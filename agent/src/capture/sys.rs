@@ -405,6 +405,19 @@ pub fn set_option(
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// The network namespace that a socket lies in. Wants `CAP_NET_ADMIN` (Linux 4.9).
+pub fn netns_of(socket: BorrowedFd) -> io::Result<OwnedFd> {
+    /// linux/sockios.h
+    const SIOCGSKNS: libc::c_ulong = 0x894c;
+    // SAFETY: the request takes no argument and answers with a new descriptor.
+    let netns = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS) };
+    if netns < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(netns) })
+}
+
 /// Moves the calling thread into a network namespace.
 pub fn enter_netns(netns: BorrowedFd) -> io::Result<()> {
     // SAFETY: changes only the calling thread's namespace; nothing in memory depends on it.

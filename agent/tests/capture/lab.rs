@@ -19,6 +19,9 @@ use tracing::level_filters::LevelFilter;
 /// How long anything may take.
 pub const LIMIT: Duration = Duration::from_secs(20);
 
+/// More bytes than the headers of a segment have.
+const OVERHEAD: usize = 100;
+
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
 /// Runs `ip` and expects success.
@@ -193,15 +196,23 @@ impl Pod {
 
     /// Drops the next segment to a port that carries more than half of `length` bytes.
     pub fn lose_one_segment(&self, port: u16, length: usize) {
-        // Headers are below 100 bytes.
-        let (more, until) = (100 + length / 2, 100 + length);
+        self.lose_segments(port, length, &format!("quota until {} bytes", OVERHEAD + length));
+    }
+
+    /// Drops every segment to a port that carries more than half of `length` bytes.
+    pub fn lose_all_segments(&self, port: u16, length: usize) {
+        self.lose_segments(port, length, "");
+    }
+
+    fn lose_segments(&self, port: u16, length: usize, bound: &str) {
+        let more = OVERHEAD + length / 2;
         let rules = format!(
             "add table inet loss
              delete table inet loss
              table inet loss {{
                  chain arriving {{
                      type filter hook input priority 0
-                     tcp dport {port} meta length > {more} quota until {until} bytes drop
+                     tcp dport {port} meta length > {more} {bound} drop
                  }}
              }}"
         );
