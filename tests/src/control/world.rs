@@ -52,6 +52,7 @@ struct Inner {
     behaviour: Behaviour,
     token: Option<String>,
     streams: usize,
+    accepted: usize,
 }
 
 impl Default for World {
@@ -142,6 +143,11 @@ impl World {
         self.lock().requests.clone()
     }
 
+    /// How many responses have been accepted whole.
+    pub fn accepted(&self) -> usize {
+        self.lock().accepted
+    }
+
     /// How many streams are open.
     pub fn streams(&self) -> usize {
         self.lock().streams
@@ -168,7 +174,11 @@ impl World {
     }
 
     pub(super) fn record(&self, request: Recorded) {
-        self.lock().requests.push(request);
+        {
+            let mut inner = self.lock();
+            inner.accepted += usize::from(is_ack(&request.request));
+            inner.requests.push(request);
+        }
         self.recorded.send_modify(|count| *count += 1);
     }
 
