@@ -123,7 +123,9 @@ fn nothing_is_served_that_is_known_to_be_denied() {
         .node("a")
         .pod("client", "web", "client")
         .pod("near", "shop", "near")
-        .service(ServiceSpec::new("near", "shop").port(80, PORT).endpoint("near"));
+        .service(ServiceSpec::new("near", "shop").port(80, PORT).endpoint("near"))
+        // The control plane is on the first node's address, which is one of its link to another.
+        .node("b");
     let (mesh, cluster) = Cluster::start(mesh, false).unwrap();
     serve(&mesh, "near", PORT, |mut stream, _| {
         if let Ok(1) = stream.read(&mut [0]) {
