@@ -65,9 +65,17 @@ fn build() -> Result<(), String> {
     arch.push("\"");
     let mut linker_flag = OsString::from("-Clinker=");
     linker_flag.push(&linker);
-    let flags: [&OsStr; 5] = [
+    // Debug information must not tell where the sources lie, which would make each folder's program
+    // another one.
+    let sources = std::fs::canonicalize(&ebpf)
+        .map_err(|error| format!("the kernel programs' folder {}: {error}", ebpf.display()))?;
+    let sources = remap(&sources, "/culvert/ebpf");
+    let libraries = remap(&cargo_home().unwrap_or_else(|| "/cargo".into()), "/cargo");
+    let flags: [&OsStr; 7] = [
         &arch,
         &linker_flag,
+        &sources,
+        &libraries,
         "-Cdebuginfo=2".as_ref(),
         "-Clink-arg=--btf".as_ref(),
         "-Ccodegen-units=1".as_ref(),
@@ -101,6 +109,14 @@ fn build() -> Result<(), String> {
     std::fs::copy(&object, &copy)
         .map_err(|error| format!("copying {} to {}: {error}", object.display(), copy.display()))?;
     Ok(())
+}
+
+fn remap(from: &Path, to: &str) -> OsString {
+    let mut flag = OsString::from("--remap-path-prefix=");
+    flag.push(from);
+    flag.push("=");
+    flag.push(to);
+    flag
 }
 
 /// A compiler that can build `core`.
@@ -177,13 +193,16 @@ fn linker() -> Result<PathBuf, String> {
     })
 }
 
+fn cargo_home() -> Option<PathBuf> {
+    let home = || env::var_os("HOME").map(|home| Path::new(&home).join(".cargo"));
+    env::var_os("CARGO_HOME").map(PathBuf::from).or_else(home)
+}
+
 /// Looks along `PATH` and in cargo's own folder.
 fn find_program(name: &str) -> Option<PathBuf> {
-    let home = || env::var_os("HOME").map(|home| Path::new(&home).join(".cargo"));
-    let cargo_home = env::var_os("CARGO_HOME").map(PathBuf::from).or_else(home);
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
-        .chain(cargo_home.map(|home| home.join("bin")))
+        .chain(cargo_home().map(|home| home.join("bin")))
         .map(|folder| folder.join(name))
         .find(|program| program.is_file())
 }

@@ -6,13 +6,15 @@
 #[path = "capture/lab.rs"]
 mod lab;
 
-use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use culvert_agent::capture::{Capture, Listeners, Netns, Redirection};
 use culvert_agent::dial::{DialFrom, dial_application, dial_out};
+use culvert_agent::relay::{Counters, RelayError, tcp_tcp};
 use lab::*;
 
 /// An enrolled pod with the route back, and one that is not enrolled.
@@ -129,6 +131,50 @@ fn absent_application_refuses() {
         let dst = SocketAddr::new(own, 8080);
         let error = run(dial_application(&mesh.pod.netns, dst, from)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+    }
+}
+
+#[derive(Default)]
+struct Received(AtomicU64);
+
+impl Counters for Received {
+    fn received(&self, bytes: u64) {
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+    }
+    fn sent(&self, _: u64) {}
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_reset_does_not_overtake_what_was_lost_on_the_way_to_the_application() {
+    const LOST: &[u8] = &[7; 200];
+    let mesh = Mesh::new();
+    let application = mesh.pod.application(8080);
+    for (own, from) in [(mesh.pod.v4, "10.99.1.2"), (mesh.pod.v6, "fd99::12")] {
+        let from = DialFrom::Client(from.parse().unwrap());
+        let dialled = dial_application(&mesh.pod.netns, SocketAddr::new(own, 8080), from);
+        let server = dialled.await.unwrap();
+        let mut accepted = accept(&application);
+        let near = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(near.local_addr().unwrap()).unwrap();
+        let downstream = accept(&near);
+        downstream.set_nonblocking(true).unwrap();
+        let downstream = tokio::net::TcpStream::from_std(downstream).unwrap();
+        let received = Arc::<Received>::default();
+        let (counts, closing) = (received.clone(), std::future::pending::<&str>());
+        let relay =
+            tokio::spawn(async move { tcp_tcp(downstream, server, &*counts, closing).await });
+        talk(&mut client, &mut accepted);
+        mesh.pod.lose_one_segment(8080, LOST.len());
+        client.write_all(LOST).unwrap();
+        eventually("the bytes are passed on", || {
+            received.0.load(Ordering::Relaxed) == (5 + LOST.len()) as u64
+        });
+        socket2::SockRef::from(&client).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+        drop(client);
+        let mut got = Vec::new();
+        let end = accepted.read_to_end(&mut got).unwrap_err();
+        assert_eq!((got.as_slice(), end.kind()), (LOST, ErrorKind::ConnectionReset), "{own}");
+        assert!(matches!(relay.await.unwrap(), Err(RelayError::Client(_))));
     }
 }
 

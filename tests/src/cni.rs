@@ -22,7 +22,7 @@ use crate::binary;
 use rules::{add_probe, add_rules, guard_probes, remove_probe, remove_rules};
 
 /// Long enough for an agent to load its programs on a loaded machine.
-const START: Duration = Duration::from_secs(30);
+const START: Duration = Duration::from_secs(60);
 
 /// Who tells of pods, and who leads their connections to the agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -25,7 +25,7 @@ use cni::{IstioCni, PodRules};
 pub mod expect;
 
 /// How long one step of a call may take.
-pub const LIMIT: Duration = Duration::from_secs(5);
+pub const LIMIT: Duration = Duration::from_secs(20);
 
 /// The agent under test: `CULVERT_BIN`, or the debug build of this workspace.
 pub fn binary() -> PathBuf {

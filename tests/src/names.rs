@@ -188,14 +188,14 @@ pub fn udp_socket(place: &Place, server: SocketAddr) -> io::Result<UdpSocket> {
         false => std::net::Ipv6Addr::UNSPECIFIED.into(),
     };
     let socket = place.run(|| UdpSocket::bind((any, 0)))?;
-    socket.set_read_timeout(Some(4 * LIMIT))?;
+    socket.set_read_timeout(Some(LIMIT))?;
     Ok(socket)
 }
 
 /// Asks over TCP.
 pub fn ask_tcp(place: &Place, server: SocketAddr, question: &Message) -> io::Result<Message> {
     let mut stream = place.run(|| TcpStream::connect_timeout(&server, LIMIT))?;
-    stream.set_read_timeout(Some(4 * LIMIT))?;
+    stream.set_read_timeout(Some(LIMIT))?;
     stream.write_all(&framed(&question.to_vec().map_err(io::Error::other)?))?;
     checked(question, &read_framed(&mut stream)?)
 }

@@ -226,7 +226,7 @@ impl Open {
 }
 
 /// How long after an edit its effect must show; the best of several, for the machine is busy.
-const PROMPT: Duration = Duration::from_secs(1);
+const PROMPT: Duration = Duration::from_secs(3);
 
 fn tell_closings(a: &Agent, b: &Agent, policy: &str, at_b: f64) {
     let name = "culvert_authorization_denied_total";

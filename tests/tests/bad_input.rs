@@ -391,7 +391,7 @@ async fn floods_are_bounded_and_hold_up_nobody() {
             let begun = Instant::now();
             let answer = tokio::task::block_in_place(|| call(&mesh, "client", (to, PORT), "hello"));
             assert_eq!(answer.unwrap(), "hello");
-            assert!(begun.elapsed() < Duration::from_secs(2), "{name}: {:?}", begun.elapsed());
+            assert!(begun.elapsed() < Duration::from_secs(5), "{name}: {:?}", begun.elapsed());
         }
         flooding.abort();
         let _ = flooding.await;

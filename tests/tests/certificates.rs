@@ -14,7 +14,7 @@ use culvert_agent::tls::{
 };
 use culvert_core::identity::Identity;
 use culvert_tests::control::ca::{Behaviour, TestCa};
-use culvert_tests::control::{ServerAuthority, Serving};
+use culvert_tests::control::{Listen, Pki, Serving};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tempfile::TempDir;
@@ -29,20 +29,20 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 /// A certificate service with its server, and what an agent is given to reach it.
 struct Scene {
     ca: TestCa,
-    authority: ServerAuthority,
+    pki: Pki,
     server: Serving,
     files: TempDir,
 }
 
 impl Scene {
-    async fn start(ca: TestCa) -> Self {
-        let authority = ServerAuthority::new().unwrap();
-        let server = Serving::start(&authority, Routes::new(ca.clone().service())).await.unwrap();
+    fn start(ca: TestCa) -> Self {
+        let pki = Pki::new().unwrap();
+        let server = serve(&pki, &ca);
         let files = TempDir::new().unwrap();
         ca.require("token-1", "cluster-1");
         fs::write(files.path().join("token"), "token-1").unwrap();
-        fs::write(files.path().join("root-cert.pem"), authority.root()).unwrap();
-        Self { ca, authority, server, files }
+        fs::write(files.path().join("root-cert.pem"), pki.root()).unwrap();
+        Self { ca, pki, server, files }
     }
 
     fn path(&self, name: &str) -> std::path::PathBuf {
@@ -64,6 +64,10 @@ impl Scene {
     fn cache(&self) -> Certificates {
         cache(&self.settings(), Trust::default())
     }
+}
+
+fn serve(pki: &Pki, ca: &TestCa) -> Serving {
+    Serving::start(Listen::Loopback, pki, Routes::new(ca.clone().service())).unwrap()
 }
 
 fn cache(settings: &CaSettings, trust: Trust) -> Certificates {
@@ -115,7 +119,7 @@ async fn handshake(server: &WorkloadCertificate, client: &WorkloadCertificate) -
 
 #[tokio::test]
 async fn request_carries_identity_lifetime_token_and_cluster() {
-    let scene = Scene::start(TestCa::default()).await;
+    let scene = Scene::start(TestCa::default());
     let cache = scene.cache();
     let certificate = fetch(&cache, "x").await.unwrap();
     assert_eq!(certificate.identity(), &id("x"));
@@ -127,7 +131,7 @@ async fn request_carries_identity_lifetime_token_and_cluster() {
 #[tokio::test]
 async fn intermediates_are_presented_to_peers_and_both_roots_of_a_rotation_trusted() {
     // C4: leaf, int1, int2, root.
-    let scene = Scene::start(TestCa::new(2)).await;
+    let scene = Scene::start(TestCa::new(2));
     let cache = scene.cache();
     let old = fetch(&cache, "old").await.unwrap();
     assert_eq!((old.chain().len(), old.roots().len()), (3, 1));
@@ -158,7 +162,7 @@ async fn intermediates_are_presented_to_peers_and_both_roots_of_a_rotation_trust
 
 #[tokio::test]
 async fn wrong_answers_are_refused_with_their_reason_and_asked_for_again() {
-    let scene = Scene::start(TestCa::default()).await;
+    let scene = Scene::start(TestCa::default());
     let wrong = |uri: &str| Behaviour::WrongIdentity(uri.to_owned());
     for (row, behaviour, part) in [
         ("c6", wrong("spiffe://td1/ns/a/sa/other"), "is for spiffe://td1/ns/a/sa/other"),
@@ -196,7 +200,7 @@ async fn wrong_answers_are_refused_with_their_reason_and_asked_for_again() {
 
 #[tokio::test]
 async fn refusals_are_told_with_their_hint_and_end_by_themselves() {
-    let scene = Scene::start(TestCa::default()).await;
+    let scene = Scene::start(TestCa::default());
     let message = "request impersonation authentication failure".to_owned();
     scene.ca.next([Behaviour::Refuse(Code::Unauthenticated, message)]);
     let cache = scene.cache();
@@ -210,7 +214,7 @@ async fn refusals_are_told_with_their_hint_and_end_by_themselves() {
 #[tokio::test]
 async fn token_is_read_for_every_request() {
     // C17.
-    let scene = Scene::start(TestCa::default()).await;
+    let scene = Scene::start(TestCa::default());
     let cache = scene.cache();
     fetch(&cache, "before").await.unwrap();
     scene.ca.require("token-2", "cluster-1");
@@ -227,7 +231,7 @@ async fn token_is_read_for_every_request() {
 
 #[tokio::test]
 async fn many_waiters_make_one_request_and_many_identities_at_most_eight_at_once() {
-    let scene = Scene::start(TestCa::default()).await;
+    let scene = Scene::start(TestCa::default());
     let cache = Arc::new(scene.cache());
     scene.ca.hold();
     // C9.
@@ -258,34 +262,19 @@ async fn many_waiters_make_one_request_and_many_identities_at_most_eight_at_once
 
 #[tokio::test]
 async fn authority_that_restarts_is_asked_again_at_once() {
-    let mut scene = Scene::start(TestCa::default()).await;
+    let mut scene = Scene::start(TestCa::default());
     let cache = scene.cache();
     fetch(&cache, "before").await.unwrap();
-    let addr = scene.server.addr();
-    let routes = || Routes::new(scene.ca.clone().service());
-    scene.server = {
-        let other = Serving::start(&scene.authority, routes()).await.unwrap();
-        drop(std::mem::replace(&mut scene.server, other));
-        within(async {
-            loop {
-                match Serving::start_at(addr, &scene.authority, routes()).await {
-                    Ok(serving) => return serving,
-                    Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
-                }
-            }
-        })
-        .await
-    };
+    scene.server.restart().unwrap();
     fetch(&cache, "after").await.unwrap();
 }
 
 #[tokio::test]
 async fn other_addresses_serve_when_the_first_is_gone_or_silent() {
-    let scene = Scene::start(TestCa::default()).await;
+    let scene = Scene::start(TestCa::default());
     let silent = TestCa::default();
     silent.usually(Behaviour::Hang);
-    let routes = Routes::new(silent.clone().service());
-    let hanging = Serving::start(&scene.authority, routes).await.unwrap();
+    let hanging = serve(&scene.pki, &silent);
     let gone = {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         format!("https://{}", listener.local_addr().unwrap())
@@ -295,7 +284,7 @@ async fn other_addresses_serve_when_the_first_is_gone_or_silent() {
     let cache = cache(&settings, Trust::default());
     let begun = Instant::now();
     fetch(&cache, "x").await.unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(25), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(40), "{:?}", begun.elapsed());
     assert_eq!((silent.asked().len(), scene.ca.asked().len()), (1, 1));
     // What did answer stays.
     fetch(&cache, "y").await.unwrap();
@@ -304,23 +293,23 @@ async fn other_addresses_serve_when_the_first_is_gone_or_silent() {
 
 #[tokio::test]
 async fn channel_is_made_again_with_new_roots_and_the_old_one_kept_when_that_fails() {
-    let scene = Scene::start(TestCa::default()).await;
+    let scene = Scene::start(TestCa::default());
     let cache = scene.cache();
     let roots = scene.path("root-cert.pem");
     fetch(&cache, "before").await.unwrap();
     // No server has a certificate of this root: the connection that stands is used.
-    fs::write(&roots, ServerAuthority::new().unwrap().root()).unwrap();
+    fs::write(&roots, Pki::new().unwrap().root()).unwrap();
     fetch(&cache, "kept").await.unwrap();
     fs::write(&roots, "no certificate").unwrap();
     fetch(&cache, "still").await.unwrap();
     fs::remove_file(&roots).unwrap();
     fetch(&cache, "even-now").await.unwrap();
-    fs::write(&roots, scene.authority.root()).unwrap();
+    fs::write(&roots, scene.pki.root()).unwrap();
     fetch(&cache, "again").await.unwrap();
     assert_eq!(scene.ca.asked().len(), 5);
 
     // Without a connection that stands, wrong roots are fatal, and told.
-    fs::write(&roots, ServerAuthority::new().unwrap().root()).unwrap();
+    fs::write(&roots, Pki::new().unwrap().root()).unwrap();
     let text = fetch(&scene.cache(), "new").await.unwrap_err().to_string();
     assert!(text.contains(&scene.server.address()) && text.contains("tls"), "{text}");
 }
@@ -328,7 +317,7 @@ async fn channel_is_made_again_with_new_roots_and_the_old_one_kept_when_that_fai
 #[tokio::test]
 async fn answer_for_an_identity_that_was_forgotten_is_discarded() {
     // C12.
-    let scene = Scene::start(TestCa::default()).await;
+    let scene = Scene::start(TestCa::default());
     let cache = Arc::new(scene.cache());
     scene.ca.hold();
     let waiting = tokio::spawn({
@@ -352,7 +341,7 @@ async fn answer_for_an_identity_that_was_forgotten_is_discarded() {
 
 #[tokio::test]
 async fn identity_that_no_certificate_can_carry_is_not_asked_for() {
-    let scene = Scene::start(TestCa::default()).await;
+    let scene = Scene::start(TestCa::default());
     let cache = scene.cache();
     let text = fetch(&cache, "").await.unwrap_err().to_string();
     assert!(text.contains("a part of the identity is empty"), "{text}");
@@ -361,7 +350,7 @@ async fn identity_that_no_certificate_can_carry_is_not_asked_for() {
 
 #[tokio::test]
 async fn wrong_identity_is_a_fault_of_the_answer() {
-    let scene = Scene::start(TestCa::default()).await;
+    let scene = Scene::start(TestCa::default());
     scene.ca.next([Behaviour::WrongIdentity("spiffe://td1/ns/b/sa/x".to_owned())]);
     let error = fetch(&scene.cache(), "x").await.unwrap_err();
     let issued = Identity::new("td1", "b", "x");
@@ -397,7 +386,7 @@ async fn refused_as_revoked(
 
 #[tokio::test]
 async fn revocation_lists_of_the_authority_are_followed() {
-    let scene = Scene::start(TestCa::new(1)).await;
+    let scene = Scene::start(TestCa::new(1));
     let crl = scene.path("ca-crl.pem");
     let file = CrlFile::open(&crl).unwrap();
     let trust = Trust { revocations: file.revocations(), ..Trust::default() };

@@ -412,7 +412,7 @@ fn questions_that_wait_are_answered_when_the_agent_ends() {
         !town.server.asked("silent.example").is_empty()
     })
     .unwrap();
-    town.agent.process().terminate(4 * LIMIT).unwrap();
+    town.agent.process().terminate(LIMIT).unwrap();
     let mut buffer = [0; 512];
     let (length, _) = socket.recv_from(&mut buffer).unwrap();
     assert_eq!(told(&Message::from_vec(&buffer[..length]).unwrap()), "ServFail");
@@ -487,7 +487,7 @@ fn a_flood_from_one_pod_leaves_others_answered() {
         drop(idle);
     });
     // And it passes: the pod itself is served again.
-    wait::until("the flood to pass", 10 * LIMIT, || {
+    wait::until("the flood to pass", 3 * LIMIT, || {
         let place = town.client();
         ask_tcp(place, server, &query("after.example", RecordType::A))
             .is_ok_and(|answer| told(&answer) == "192.0.2.99")
@@ -501,7 +501,7 @@ fn tcp_carries_several_questions_and_no_nonsense() {
     let server = addr(SERVERS[0]);
     let connect = || {
         let stream = town.client().run(|| TcpStream::connect_timeout(&server, LIMIT)).unwrap();
-        stream.set_read_timeout(Some(4 * LIMIT)).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
         stream
     };
     let mut stream = connect();

@@ -83,7 +83,7 @@ fn with(mut options: AgentOptions, name: &str, value: &str) -> AgentOptions {
 }
 
 fn start(mesh: &Running, node: &str, options: &AgentOptions) -> Agent {
-    Agent::start(mesh.lab(), mesh.node(node), options).unwrap()
+    mesh.start_agent(node, options).unwrap()
 }
 
 /// Starts the next agent of a node, and waits until it says that it has taken over.

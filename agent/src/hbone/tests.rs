@@ -278,7 +278,7 @@ async fn stalled_readers_do_not_stall_others(peer: Peer, held_per_stream: u64) {
     for echo in &mut echoes {
         let begin = std::time::Instant::now();
         ping(echo).await;
-        assert!(begin.elapsed() < Duration::from_secs(2), "slow beside stalled readers");
+        assert!(begin.elapsed() < Duration::from_secs(10), "slow beside stalled readers");
         let big = vec![3; 1 << 20];
         let mut back = vec![0; big.len()];
         let (mut reader, mut writer) = tokio::io::split(echo);

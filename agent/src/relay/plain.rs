@@ -55,9 +55,17 @@ pub(super) async fn relay<C>(
             client.finished();
             server.finished();
         }
-        Err(RelayError::Client(_)) => there.pass_on_rest(|bytes| counters.received(bytes)),
-        Err(RelayError::Server(_)) => back.pass_on_rest(|bytes| counters.sent(bytes)),
-        Err(RelayError::Tunnel(_) | RelayError::Closed(_)) => {}
+        Err(RelayError::Client(_)) => {
+            there.pass_on_rest(|bytes| counters.received(bytes));
+            tcp::settled(server.stream()).await;
+        }
+        Err(RelayError::Server(_)) => {
+            back.pass_on_rest(|bytes| counters.sent(bytes));
+            tcp::settled(client.stream()).await;
+        }
+        Err(RelayError::Tunnel(_) | RelayError::Closed(_)) => {
+            tcp::settled(server.stream()).await;
+        }
     }
     result
 }

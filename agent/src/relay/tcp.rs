@@ -3,15 +3,27 @@
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep};
 
 use super::scratch;
 
 /// Asks whether reading has stopped at urgent data (tcp(7), asm-generic/sockios.h).
 const SIOCATMARK: libc::c_ulong = 0x8905;
+/// Asks how many bytes the peer has not acknowledged (tcp(7), linux/sockios.h).
+const SIOCOUTQ: libc::c_ulong = libc::TIOCOUTQ;
+/// Asks how many of those were not sent yet (linux/sockios.h).
+const SIOCOUTQNSD: libc::c_ulong = 0x894b;
+
+/// How long a reset waits for what was sent before it: two attempts, of which the second comes
+/// after at least 200 ms (`TCP_RTO_MIN`).
+const SETTLE_LIMIT: Duration = Duration::from_millis(500);
+/// The first pause while waiting, and the longest.
+const SETTLE_PAUSES: (Duration, Duration) = (Duration::from_micros(100), Duration::from_millis(5));
 
 /// A connection that ends with a reset, unless it was declared finished: when dropped, and also
 /// when the agent is killed. The kernel closes its sockets then, and by itself would send FIN.
@@ -60,6 +72,37 @@ pub(super) async fn broken(stream: &TcpStream) -> io::Error {
     }
 }
 
+/// Waits, with a bound, until the peer has all that was sent, so that a reset cannot overtake it.
+///
+/// A reset that comes out of turn is asked about (RFC 5961, section 3.2), when its socket is gone.
+/// The kernel answers such questions with another reset, but in IPv4 not from an address that is not
+/// its own, as that of a client which an application is to see: the application would wait for ever.
+pub(super) async fn settled(stream: &TcpStream) {
+    if !keeps_address(stream) {
+        return;
+    }
+    let (begun, (mut pause, longest)) = (Instant::now(), SETTLE_PAUSES);
+    while is_in_flight(stream) && begun.elapsed() < SETTLE_LIMIT {
+        sleep(pause).await;
+        pause = (pause * 2).min(longest);
+    }
+}
+
+/// Whether the socket may have an address of somebody else.
+fn keeps_address(stream: &TcpStream) -> bool {
+    let socket = SockRef::from(stream);
+    let v4 = || socket.ip_transparent_v4().unwrap_or_default();
+    v4() || socket.ip_transparent_v6().unwrap_or_default()
+}
+
+/// Whether something was sent and not acknowledged.
+fn is_in_flight(stream: &TcpStream) -> bool {
+    match (ask(stream, SIOCOUTQ), ask(stream, SIOCOUTQNSD)) {
+        (Some(waiting), Some(unsent)) => waiting > unsent,
+        _ => false,
+    }
+}
+
 /// Reads what is there. A short read ends the readiness without a second system call: with
 /// edge-triggered epoll, what comes later raises it again. But one read never goes beyond the begin
 /// of urgent data, which may have come earlier.
@@ -98,8 +141,13 @@ pub(super) fn read_now(stream: &TcpStream, buffer: &mut [u8]) -> Option<usize> {
 }
 
 fn is_at_mark(stream: &TcpStream) -> bool {
+    ask(stream, SIOCATMARK).is_some_and(|answer| answer != 0)
+}
+
+/// One of the requests above, each of which answers with a number.
+fn ask(stream: &TcpStream, request: libc::c_ulong) -> Option<libc::c_int> {
     let mut answer: libc::c_int = 0;
-    // SAFETY: the request writes one int, which lives across the call.
-    let result = unsafe { libc::ioctl(stream.as_raw_fd(), SIOCATMARK, &raw mut answer) };
-    result == 0 && answer != 0
+    // SAFETY: all of these requests write one int, which lives across the call.
+    let result = unsafe { libc::ioctl(stream.as_raw_fd(), request, &raw mut answer) };
+    (result == 0).then_some(answer)
 }

@@ -94,8 +94,14 @@ pub(super) async fn relay<C>(
             relay.upload_rest();
             relay.stream.reset_after_sent(Reason::CONNECT_ERROR).await;
         }
-        Err(End::Closed(_)) => relay.stream.reset(Reason::CANCEL),
-        Err(End::Tunnel(_)) => relay.download_rest(),
+        Err(End::Closed(_)) => {
+            relay.stream.reset(Reason::CANCEL);
+            tcp::settled(tcp.stream()).await;
+        }
+        Err(End::Tunnel(_)) => {
+            relay.download_rest();
+            tcp::settled(tcp.stream()).await;
+        }
     }
     result
 }

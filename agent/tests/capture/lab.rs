@@ -3,7 +3,7 @@
 #![allow(dead_code)] // Each test binary uses a part of this.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ use culvert_core::addr::OriginalDst;
 use tracing::level_filters::LevelFilter;
 
 /// How long anything may take.
-pub const LIMIT: Duration = Duration::from_secs(5);
+pub const LIMIT: Duration = Duration::from_secs(20);
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
@@ -157,7 +157,35 @@ impl Pod {
 
     /// An application that listens on every address of both families.
     pub fn application(&self, port: u16) -> TcpListener {
-        self.inside(|| TcpListener::bind(("::", port)).unwrap())
+        let started = Instant::now();
+        loop {
+            match self.inside(|| TcpListener::bind(("::", port))) {
+                // Another test's starting process may still hold the listener that was here before.
+                Err(error) if error.kind() == ErrorKind::AddrInUse && started.elapsed() < LIMIT => {
+                    std::thread::park_timeout(Duration::from_millis(2));
+                }
+                bound => return bound.unwrap(),
+            }
+        }
+    }
+
+    /// Drops the next segment to a port that carries more than half of `length` bytes.
+    pub fn lose_one_segment(&self, port: u16, length: usize) {
+        // Headers are below 100 bytes.
+        let (more, until) = (100 + length / 2, 100 + length);
+        let rules = format!(
+            "add table inet loss
+             delete table inet loss
+             table inet loss {{
+                 chain arriving {{
+                     type filter hook input priority 0
+                     tcp dport {port} meta length > {more} quota until {until} bytes drop
+                 }}
+             }}"
+        );
+        let run = || Command::new("nft").arg(rules).output().expect("nft runs");
+        let output = self.inside(run);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
     /// A client in the pod.

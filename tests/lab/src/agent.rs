@@ -141,7 +141,7 @@ impl Agent {
 const ADMIN: SocketAddr = loopback(15000);
 const STATS: SocketAddr = loopback(15020);
 const READINESS: SocketAddr = loopback(15021);
-const ANSWER: Duration = Duration::from_secs(5);
+const ANSWER: Duration = Duration::from_secs(20);
 
 const fn loopback(port: u16) -> SocketAddr {
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), port)

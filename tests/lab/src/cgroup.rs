@@ -2,7 +2,6 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -68,7 +67,7 @@ pub fn members(path: &Path) -> Vec<u32> {
 /// Kills every process below `path` but this one, and removes the cgroup with all below it.
 pub fn remove(path: &Path) -> Result<()> {
     let own = std::process::id();
-    wait::until(format!("an empty cgroup {}", path.display()), Duration::from_secs(5), || {
+    wait::until(format!("an empty cgroup {}", path.display()), wait::SOON, || {
         for pid in members(path).into_iter().filter(|pid| *pid != own) {
             // It may have ended by itself meanwhile.
             let _ = sys::kill(pid, libc::SIGKILL);

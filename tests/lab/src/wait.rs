@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 /// Long enough for anything that should happen at once, even on a loaded machine.
-pub const SOON: Duration = Duration::from_secs(10);
+pub const SOON: Duration = Duration::from_secs(30);
 
 /// Asks `probe` until it says yes; an error names `what` was waited for.
 pub fn until(what: impl Display, limit: Duration, mut probe: impl FnMut() -> bool) -> Result<()> {

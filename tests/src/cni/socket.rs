@@ -22,7 +22,7 @@ use tokio_seqpacket::{UnixSeqpacket, UnixSeqpacketListener};
 use super::accepted;
 
 /// How long istio-cni waits for an answer.
-const ANSWER: Duration = Duration::from_secs(5);
+const ANSWER: Duration = Duration::from_secs(20);
 
 /// A pod as istio-cni hands it over.
 #[derive(Clone, Debug)]

@@ -1,176 +1,183 @@
-//! gRPC services over TLS for a test that has a runtime of its own.
+//! gRPC services over TLS, on a runtime of their own.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener as StdListener};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use anyhow::Context as _;
+use culvert_lab::netns::Netns;
 use rustls::ServerConfig;
-use rustls::crypto::aws_lc_rs;
-use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
-use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
-/// The authority of the control plane's own certificate, which has nothing to do with workloads'.
-pub struct ServerAuthority {
-    root: String,
-    issuer: Issuer<'static, KeyPair>,
+use super::Pki;
+
+/// How long connections may take to end.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// Where to listen.
+#[derive(Clone, Debug)]
+pub enum Listen {
+    /// On 127.0.0.1, on a port that is free.
+    Loopback,
+    In(Netns, SocketAddr),
 }
 
-impl ServerAuthority {
-    pub fn new() -> Result<Self, rcgen::Error> {
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        let key = KeyPair::generate()?;
-        let root = params.self_signed(&key)?.pem();
-        Ok(Self { root, issuer: Issuer::new(params, key) })
-    }
-
-    /// What clients have to trust, PEM.
-    pub fn root(&self) -> &str {
-        &self.root
-    }
-
-    fn server(&self, name: &str) -> io::Result<ServerConfig> {
-        let made = || -> Result<_, rcgen::Error> {
-            let key = KeyPair::generate()?;
-            let params = CertificateParams::new(vec![name.to_owned()])?;
-            Ok((params.signed_by(&key, &self.issuer)?, key))
-        };
-        let (leaf, key) = made().map_err(io::Error::other)?;
-        let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-        let provider = Arc::new(aws_lc_rs::default_provider());
-        let mut config = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .and_then(|builder| {
-                builder.with_no_client_auth().with_single_cert(vec![leaf.der().clone()], key)
-            })
-            .map_err(io::Error::other)?;
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        Ok(config)
-    }
-}
-
-/// A running server. Dropping it ends it with all its connections.
+/// A running server, which can be stopped and started again at the same address. Dropping it ends it
+/// with all its connections.
 pub struct Serving {
     addr: SocketAddr,
-    tasks: [JoinHandle<()>; 2],
-    end: CancellationToken,
+    listen: Listen,
+    config: Arc<ServerConfig>,
+    routes: Routes,
+    running: Option<Runtime>,
 }
 
 impl Serving {
-    /// Serves `routes` on a loopback address, under the name `127.0.0.1`.
-    pub async fn start(authority: &ServerAuthority, routes: Routes) -> io::Result<Self> {
-        Self::start_at("127.0.0.1:0".parse().map_err(io::Error::other)?, authority, routes).await
+    /// Serves `routes` with a certificate that `pki` signs.
+    pub fn start(listen: Listen, pki: &Pki, routes: Routes) -> anyhow::Result<Self> {
+        let listener = bind(&listen, None)?;
+        let (addr, config) = (listener.local_addr()?, pki.server_config()?);
+        let running = Some(serve(listener, config.clone(), routes.clone())?);
+        Ok(Self { addr, listen, config, routes, running })
     }
 
-    /// The same at a given address.
-    pub async fn start_at(
-        addr: SocketAddr,
-        authority: &ServerAuthority,
-        routes: Routes,
-    ) -> io::Result<Self> {
-        let listener = TcpListener::bind(addr).await?;
-        let (addr, end) = (listener.local_addr()?, CancellationToken::new());
-        let acceptor = TlsAcceptor::from(Arc::new(authority.server("127.0.0.1")?));
-        let (secured, incoming) = mpsc::channel(16);
-        let accepting = tokio::spawn(accept(listener, acceptor, secured, end.clone()));
-        let serving = tokio::spawn(async move {
-            let server = Server::builder().add_routes(routes);
-            // Ends when nothing more comes in.
-            let _ = server.serve_with_incoming(ReceiverStream::new(incoming)).await;
-        });
-        Ok(Self { addr, tasks: [accepting, serving], end })
-    }
-
-    pub fn addr(&self) -> SocketAddr {
-        self.addr
-    }
-
-    /// As settings of an agent write it.
+    /// As an agent's setting names it.
     pub fn address(&self) -> String {
-        format!("https://{}", self.addr)
+        match self.listen {
+            Listen::Loopback => format!("https://localhost:{}", self.addr.port()),
+            Listen::In(..) => format!("https://{}", self.addr),
+        }
+    }
+
+    /// Ends all connections and listens no more.
+    pub fn stop(&mut self) {
+        if let Some(runtime) = self.running.take() {
+            // A thread of its own, because the test's may not block.
+            let ending = std::thread::spawn(move || runtime.shutdown_timeout(STOP_LIMIT));
+            ending.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        }
+    }
+
+    /// Listens again.
+    pub fn restart(&mut self) -> anyhow::Result<()> {
+        self.stop();
+        let listener = bind(&self.listen, Some(self.addr))?;
+        self.running = Some(serve(listener, self.config.clone(), self.routes.clone())?);
+        Ok(())
     }
 }
 
 impl Drop for Serving {
     fn drop(&mut self) {
-        self.tasks.iter().for_each(JoinHandle::abort);
-        self.end.cancel();
+        if let Some(runtime) = self.running.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 
-async fn accept(
-    listener: TcpListener,
-    acceptor: TlsAcceptor,
-    secured: mpsc::Sender<io::Result<Secured>>,
-    end: CancellationToken,
-) {
-    let mut handshakes = JoinSet::new();
-    while let Ok((tcp, _)) = listener.accept().await {
-        let (acceptor, secured) = (acceptor.clone(), secured.clone());
-        let end = Box::pin(end.clone().cancelled_owned());
-        handshakes.spawn(async move {
-            if let Ok(stream) = acceptor.accept(tcp).await {
-                // Fails only at the server's end.
-                let _ = secured.send(Ok(Secured { stream, end })).await;
-            }
-        });
-        while handshakes.try_join_next().is_some() {}
+fn bind(listen: &Listen, again: Option<SocketAddr>) -> anyhow::Result<StdListener> {
+    match listen {
+        Listen::Loopback => {
+            let addr = again.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0)));
+            StdListener::bind(addr).with_context(|| format!("listening on {addr}"))
+        }
+        Listen::In(netns, addr) => netns
+            .run(|| StdListener::bind(again.unwrap_or(*addr)))
+            .with_context(|| format!("listening on {addr} in {}", netns.name())),
     }
 }
 
-/// A TLS connection as the gRPC server takes it, which breaks at the server's end.
-struct Secured {
-    stream: TlsStream<TcpStream>,
-    end: Pin<Box<WaitForCancellationFutureOwned>>,
+fn serve(
+    listener: StdListener,
+    config: Arc<ServerConfig>,
+    routes: Routes,
+) -> anyhow::Result<Runtime> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .context("a runtime for the control plane")?;
+    runtime.spawn(async move {
+        let incoming = match accept(listener, config) {
+            Ok(incoming) => incoming,
+            Err(error) => panic!("listening as control plane: {error}"),
+        };
+        let server = Server::builder().add_routes(routes);
+        if let Err(error) = server.serve_with_incoming(incoming).await {
+            panic!("serving as control plane: {error}");
+        }
+    });
+    Ok(runtime)
 }
 
-impl Connected for Secured {
+fn accept(
+    listener: StdListener,
+    config: Arc<ServerConfig>,
+) -> io::Result<ReceiverStream<io::Result<Accepted>>> {
+    listener.set_nonblocking(true)?;
+    let listener = TcpListener::from_std(listener)?;
+    let (accepted, incoming) = mpsc::channel(16);
+    tokio::spawn(async move {
+        let acceptor = TlsAcceptor::from(config);
+        while let Ok((tcp, _)) = listener.accept().await {
+            let (acceptor, accepted) = (acceptor.clone(), accepted.clone());
+            tokio::spawn(async move {
+                let _ = tcp.set_nodelay(true);
+                if let Ok(stream) = acceptor.accept(tcp).await {
+                    // The server has stopped when nobody takes it.
+                    let _ = accepted.send(Ok(Accepted(stream))).await;
+                }
+            });
+        }
+    });
+    Ok(ReceiverStream::new(incoming))
+}
+
+/// A connection whose handshake is done.
+struct Accepted(TlsStream<TcpStream>);
+
+impl Connected for Accepted {
     type ConnectInfo = ();
 
     fn connect_info(&self) {}
 }
 
-impl AsyncRead for Secured {
+impl AsyncRead for Accepted {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
+        buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.end.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
-        }
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
+        Pin::new(&mut self.0).poll_read(cx, buf)
     }
 }
 
-impl AsyncWrite for Secured {
+impl AsyncWrite for Accepted {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        Pin::new(&mut self.0).poll_write(cx, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        Pin::new(&mut self.0).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        Pin::new(&mut self.0).poll_shutdown(cx)
     }
 }

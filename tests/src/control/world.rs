@@ -18,7 +18,7 @@ use tonic::Status;
 use super::ads::{Behaviour, Recorded};
 
 /// How long the helpers that wait do so.
-const LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
+const LIMIT: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// One resource as it is served.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -41,7 +41,7 @@ pub fn unreachable_destination_resets(stage: &Stage) -> Result<()> {
     let start = Instant::now();
     let connected = client.connect(&to.into());
     expect_late_refusal(client, connected)?;
-    ensure!(start.elapsed() < Duration::from_secs(13), "after {:?}", start.elapsed());
+    ensure!(start.elapsed() < Duration::from_secs(20), "after {:?}", start.elapsed());
     Ok(())
 }
 
@@ -57,7 +57,7 @@ pub fn full_accept_queue_delays_data(stage: &Stage) -> Result<()> {
         let (_listener, second) = queue_up(stage)?;
         second.set_nonblocking(false)?;
         expect_reset(&mut second.into()).context("never accepted")?;
-        ensure!(start.elapsed() < Duration::from_secs(14), "after {:?}", start.elapsed());
+        ensure!(start.elapsed() < Duration::from_secs(20), "after {:?}", start.elapsed());
     }
     Ok(())
 }
@@ -95,7 +95,7 @@ pub fn connect_time(stage: &Stage) -> Result<()> {
 pub fn first_connection_delay(stage: &Stage) -> Result<()> {
     let start = Instant::now();
     stage.pair_to("fresh")?.talk()?;
-    ensure!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    ensure!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
     Ok(())
 }
 

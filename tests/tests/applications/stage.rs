@@ -12,7 +12,7 @@ use culvert_tests::binary;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 /// How long one step may take on a loaded machine.
-pub const LIMIT: Duration = Duration::from_secs(20);
+pub const LIMIT: Duration = Duration::from_secs(30);
 /// How long is waited for what must not happen.
 pub const A_WHILE: Duration = Duration::from_millis(400);
 

@@ -37,15 +37,15 @@ pub fn keepalive_is_answered(stage: &Stage) -> Result<()> {
 pub fn tcp_info_is_of_the_first_leg(stage: &Stage) -> Result<()> {
     let Pair { mut client, mut server } = stage.pair_to("distant")?;
     say(&mut client, &mut server, b"hello")?;
-    let acknowledged = |client: &std::net::TcpStream| {
-        wait::until("an acknowledgement", A_WHILE, || {
+    let acknowledged = |client: &std::net::TcpStream, limit: Duration| {
+        wait::until("an acknowledgement", limit, || {
             socket::tcp_info(client).is_ok_and(|info| info.unacknowledged == 0)
         })
     };
-    acknowledged(&client).context("at first")?;
+    acknowledged(&client, LIMIT).context("at first")?;
     let cut = stage.ground.cut()?;
     client.write_all(&[9; 1000])?;
-    let told = acknowledged(&client).is_ok();
+    let told = acknowledged(&client, A_WHILE).is_ok();
     drop(cut);
     ensure!(told == stage.carried(), "acknowledged without the server: {told}");
     server.read_exact(&mut [0; 1000])?;

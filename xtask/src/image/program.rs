@@ -76,6 +76,7 @@ pub fn build(package: &str, program: &str) -> Result<PathBuf> {
         "-Ctarget-feature=+crt-static".to_owned(),
         remap(cargo_home, "/cargo"),
         remap(shell::root(), "/culvert"),
+        remap(folder.clone(), "/target"),
     ];
     let mut cargo = shell::cargo();
     // With a target stated, the flags are kept away from build scripts and macros.

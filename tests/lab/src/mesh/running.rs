@@ -14,7 +14,7 @@ use crate::lab::{Lab, Node, Pod};
 use crate::wire::Wire;
 
 /// Long enough for an agent to load its programs on a loaded machine.
-const START: Duration = Duration::from_secs(30);
+const START: Duration = Duration::from_secs(60);
 
 /// The namespaces of a mesh, with the file that describes it to the agents.
 #[derive(Debug)]
