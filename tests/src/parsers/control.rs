@@ -9,7 +9,7 @@ use std::sync::{Arc, LazyLock};
 use culvert_agent::ca::parse_chain;
 use culvert_agent::handover;
 use culvert_agent::tls::{Issued, Trust, WorkloadCertificate};
-use culvert_agent::xds::{Address, Decoder, Rejection};
+use culvert_agent::xds::{Address, Decoder, FrameError, Frames, Part, Rejection};
 use culvert_agent::zds::{Conversation, Order, Packet};
 use culvert_core::authorization::Connection;
 use culvert_core::identity::Identity;
@@ -82,6 +82,33 @@ pub(super) fn discovery(bytes: &[u8]) {
         address(&value);
         authorization(&value);
     }
+}
+
+/// The delta stream's half of the control plane, in pieces of the first byte's size. It must not
+/// matter how it is cut.
+pub(super) fn discovery_stream(bytes: &[u8]) {
+    let Some((piece, stream)) = bytes.split_first() else { return };
+    let cut = stream_parts(stream, usize::from(*piece).max(1));
+    assert_eq!(cut, stream_parts(stream, stream.len().max(1)));
+}
+
+/// What is read of it, and how it ended.
+fn stream_parts(stream: &[u8], piece: usize) -> (Vec<String>, Result<(), FrameError>) {
+    let (mut frames, mut parts) = (Frames::default(), Vec::new());
+    for piece in stream.chunks(piece) {
+        frames.push(piece);
+        loop {
+            match frames.part() {
+                Ok(Some(Part::Resource(resource))) if resource.len() > stream.len() => {
+                    panic!("a resource of {} bytes out of {}", resource.len(), stream.len())
+                }
+                Ok(Some(part)) => parts.push(format!("{part:?}")),
+                Ok(None) => break,
+                Err(error) => return (parts, Err(error)),
+            }
+        }
+    }
+    (parts, frames.end())
 }
 
 /// One connection of istio-cni: packets, each after its length and its number of descriptors.
