@@ -18,6 +18,7 @@ pub mod accept;
 pub mod capture;
 pub mod handover;
 pub mod node;
+pub mod packet;
 pub mod pods;
 pub mod session;
 
