@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 use culvert_agent::capture::{
     Capture, CaptureOptions, Listeners, Netns, PodSpec, detach, find_cgroup,
 };
-use culvert_core::addr::OriginalDst;
 use tracing::level_filters::LevelFilter;
 
 /// How long anything may take.
@@ -37,6 +36,13 @@ pub fn ip_output(arguments: &str) -> String {
     let fine = output.status.success() || told.contains("FIB table does not exist");
     assert!(fine, "ip {arguments}: {told} (these tests need root on Linux)");
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Runs a command and expects success.
+pub fn run(command: &str, arguments: &[&str]) {
+    let output = Command::new(command).args(arguments).output().expect("the command runs");
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command} {arguments:?}: {told}");
 }
 
 /// Waits until something holds.
@@ -75,6 +81,8 @@ impl Node {
             pin_path: PathBuf::from("/sys/fs/bpf").join(&name),
             node: netns.cookie(),
             max_pods: 16,
+            max_verdicts: 64,
+            max_direct: 1024,
             log_level: LevelFilter::OFF,
         };
         Node { name, id, pods: AtomicU32::new(0), netns, options }
@@ -86,6 +94,19 @@ impl Node {
 
     pub fn capture(&self) -> Capture {
         Capture::start(&self.options).unwrap()
+    }
+
+    /// The node's end of a pod's link.
+    pub fn link_of(&self, pod: &Pod) -> String {
+        pod.host.clone()
+    }
+
+    /// Routes to a pod anew, after its link was down.
+    pub fn route_to(&self, pod: &Pod) {
+        let (node, host) = (&self.name, &pod.host);
+        ip(&format!("-n {node} route replace {}/32 dev {host}", pod.v4));
+        ip(&format!("-n {node} -6 addr replace fe80::1/64 dev {host} nodad"));
+        ip(&format!("-n {node} -6 route replace {}/128 dev {host}", pod.v6));
     }
 
     /// A pod with one address of each family, reachable from the node and from its other pods.
@@ -112,7 +133,7 @@ impl Node {
         ip(&format!("-n {name} route add default via 169.254.1.1 dev eth0"));
         ip(&format!("-n {name} -6 route add default via fe80::1 dev eth0"));
         let netns = Netns::open(format!("/run/netns/{name}")).unwrap();
-        Pod { name, netns, v4: v4.parse().unwrap(), v6: v6.parse().unwrap() }
+        Pod { name, host, netns, v4: v4.parse().unwrap(), v6: v6.parse().unwrap() }
     }
 }
 
@@ -128,6 +149,7 @@ impl Drop for Node {
 
 pub struct Pod {
     name: String,
+    host: String,
     pub netns: Netns,
     pub v4: IpAddr,
     pub v6: IpAddr,
@@ -260,5 +282,5 @@ pub fn talk(from: &mut TcpStream, to: &mut TcpStream) {
 pub fn accept_captured(capture: &Capture, listeners: &Listeners) -> (TcpStream, SocketAddr) {
     let accepted = accept(&listeners.outbound);
     let original = capture.original_dst(&accepted).unwrap();
-    (accepted, original.map(OriginalDst::addr).expect("an original destination"))
+    (accepted, original.map(|original| original.to.addr()).expect("an original destination"))
 }

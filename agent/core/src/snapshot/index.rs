@@ -109,6 +109,14 @@ impl WorkloadIndex {
         self.members_of(service).map_or(0, |members| members.workloads.len())
     }
 
+    pub fn shares_members_with(&self, other: &Self, service: &NamespacedHostname) -> bool {
+        match (self.members_of(service), other.members_of(service)) {
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            (None, None) => true,
+            (Some(_), None) | (None, Some(_)) => false,
+        }
+    }
+
     fn members_of(&self, service: &NamespacedHostname) -> Option<&Arc<Members>> {
         self.members.find(self.members.hash(service), |members| members.service == *service)
     }
