@@ -11,7 +11,6 @@ use culvert_agent::handover;
 use culvert_agent::packet::Packet;
 use culvert_agent::tls::{Issued, Trust, WorkloadCertificate};
 use culvert_agent::xds::{Address, Decoder, FrameError, Frames, Part, Rejection};
-use culvert_agent::xds::{Address, Decoder, Rejection};
 use culvert_agent::zds::{Conversation, Order};
 use culvert_core::authorization::Connection;
 use culvert_core::identity::Identity;
