@@ -19,6 +19,7 @@ pub mod capture;
 pub mod direct;
 pub mod handover;
 pub mod node;
+pub mod packet;
 pub mod pods;
 pub mod session;
 

@@ -3,9 +3,12 @@
 //! One delta xDS stream brings workloads, services and policies. What was received stays in force
 //! while the control plane is away, and can be kept on disk for an agent that starts meanwhile.
 
+mod arriving;
 mod backoff;
 mod client;
 mod decode;
+mod frames;
+mod incoming;
 mod intake;
 mod keeper;
 mod kept;
@@ -30,12 +33,14 @@ use crate::node::Fetch;
 use crate::telemetry::{Telemetry, XdsReading};
 use client::Client;
 pub use decode::{Address, Decoder, Rejection};
+pub use frames::{FrameError, Frames, Part};
 use intake::Intake;
 use keeper::Keeper;
 use kept::{Content, Scope, Store};
 use needs::Needs;
 use session::{Session, Subscription};
 pub use status::{XdsConnection, XdsStatus};
+pub use wire::Response;
 
 /// Who takes over what the control plane sends.
 ///

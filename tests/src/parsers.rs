@@ -31,6 +31,7 @@ pub const ALL: &[Parser] = &[
     Parser { name: "address", run: control::address },
     Parser { name: "authorization", run: control::authorization },
     Parser { name: "discovery", run: control::discovery },
+    Parser { name: "discovery_stream", run: control::discovery_stream },
     Parser { name: "certificate_answer", run: control::certificate_answer },
     Parser { name: "zds_packets", run: control::zds_packets },
     // From another agent of the node.

@@ -102,6 +102,8 @@ fn workload(texts: &mut Interner, number: usize, services: usize) -> Workload {
     let name = format!("app-{service}-7c9d8b6f5-{number:05}");
     let ports = texts.ports([(80, 8080)].into());
     let services = [(key(texts, service), ports)].into();
+    let zone = texts.text(&format!("zone-{}", number % 3));
+    let locality = Locality { region: texts.text("region"), zone, subzone: texts.text("") };
     Workload {
         uid: format!("Kubernetes//Pod/{namespace}/{name}").into(),
         name: name.into(),
@@ -117,11 +119,7 @@ fn workload(texts: &mut Interner, number: usize, services: usize) -> Workload {
         network_gateway: None,
         node: texts.text(&format!("node-{}", number % 1000)),
         cluster_id: texts.text("Kubernetes"),
-        locality: Locality {
-            region: texts.text("region"),
-            zone: texts.text(&format!("zone-{}", number % 3)),
-            subzone: texts.text(""),
-        },
+        locality: texts.locality(locality),
         native_tunnel: false,
         application_tunnel: None,
         services: texts.memberships(services),

@@ -207,7 +207,7 @@ fn judge(
 
 /// The waypoints of a workload that must be reached through one of them; never empty.
 struct WaypointDemand<'a> {
-    waypoints: Vec<(&'a GatewayAddress, Destination<'a>)>,
+    waypoints: Vec<(&'a Arc<GatewayAddress>, Destination<'a>)>,
 }
 
 /// `None`: the workload may be reached by anyone.

@@ -27,7 +27,7 @@ pub fn pod(namespace: &str, name: &str, addresses: &[&str]) -> Workload {
         network_gateway: None,
         node: "".into(),
         cluster_id: "c1".into(),
-        locality: Locality::default(),
+        locality: Arc::default(),
         native_tunnel: false,
         application_tunnel: None,
         services: Memberships::default(),
@@ -73,15 +73,16 @@ pub fn balancer(mode: BalanceMode, routing_preferences: &[Scope]) -> LoadBalance
 }
 
 /// `namespace/hostname`, to be reached on port 15008.
-pub fn by_hostname(name: &str) -> GatewayAddress {
+pub fn by_hostname(name: &str) -> Arc<GatewayAddress> {
     let destination = GatewayDestination::Hostname(key(name));
-    GatewayAddress { destination, hbone_mtls_port: 15008 }
+    Arc::new(GatewayAddress { destination, hbone_mtls_port: 15008 })
 }
 
 /// An address on a network, to be reached on port 15008.
-pub fn by_address(network: &str, ip: &str) -> GatewayAddress {
+pub fn by_address(network: &str, ip: &str) -> Arc<GatewayAddress> {
     let at = NetworkAddress { network: network.into(), ip: ip.parse().unwrap() };
-    GatewayAddress { destination: GatewayDestination::Address(at), hbone_mtls_port: 15008 }
+    let destination = GatewayDestination::Address(at);
+    Arc::new(GatewayAddress { destination, hbone_mtls_port: 15008 })
 }
 
 pub fn key(name: &str) -> NamespacedHostname {

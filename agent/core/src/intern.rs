@@ -6,7 +6,7 @@ use std::sync::Arc;
 use hashbrown::HashSet;
 
 use crate::addr::NamespacedHostname;
-use crate::workload::{Memberships, PortMap};
+use crate::workload::{GatewayAddress, Locality, Memberships, PortMap};
 
 /// Gives equal values the same memory. What nobody else holds any more is forgotten by itself as
 /// new values come, so that it stays in proportion to what is in use.
@@ -15,6 +15,8 @@ pub struct Interner {
     texts: Pool<Arc<str>>,
     ports: Pool<PortMap>,
     memberships: Pool<Memberships>,
+    gateways: Pool<Arc<GatewayAddress>>,
+    localities: Pool<Arc<Locality>>,
 }
 
 impl Interner {
@@ -46,6 +48,20 @@ impl Interner {
             None => self.memberships.keep(memberships),
         }
     }
+
+    pub fn gateway(&mut self, gateway: GatewayAddress) -> Arc<GatewayAddress> {
+        match self.gateways.known.get(&gateway) {
+            Some(known) => known.clone(),
+            None => self.gateways.keep(gateway.into()),
+        }
+    }
+
+    pub fn locality(&mut self, locality: Locality) -> Arc<Locality> {
+        match self.localities.known.get(&locality) {
+            Some(known) => known.clone(),
+            None => self.localities.keep(locality.into()),
+        }
+    }
 }
 
 /// Values that know how many share them.
@@ -53,7 +69,7 @@ trait Shared: Clone + Eq + Hash {
     fn holders(&self) -> usize;
 }
 
-impl Shared for Arc<str> {
+impl<T: Eq + Hash + ?Sized> Shared for Arc<T> {
     fn holders(&self) -> usize {
         Arc::strong_count(self)
     }

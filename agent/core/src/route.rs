@@ -96,9 +96,9 @@ pub enum NoRoute {
     #[error("no healthy upstream: {0}")]
     NoHealthyUpstream(SocketAddr),
     #[error("unknown waypoint: waypoint {0} not found")]
-    UnknownWaypoint(GatewayAddress),
+    UnknownWaypoint(Arc<GatewayAddress>),
     #[error("unknown network gateway: network gateway {0} not found")]
-    UnknownNetworkGateway(GatewayAddress),
+    UnknownNetworkGateway(Arc<GatewayAddress>),
     /// Another network is reached by the name of a service only.
     #[error("no service for target address: {0}")]
     NoService(SocketAddr),
@@ -169,7 +169,7 @@ impl<'a, R: Rng> Decision<'a, R> {
         self.view.confirm_absent(key).map_err(|stop| stop.map(NoRoute::Unanswered))
     }
 
-    fn draw_waypoint(&mut self, service: &'a Service) -> Option<&'a GatewayAddress> {
+    fn draw_waypoint(&mut self, service: &'a Service) -> Option<&'a Arc<GatewayAddress>> {
         balance::weighted(&service.weighted_waypoints, |waypoint| waypoint.weight, self.random)
             .map(|waypoint| &waypoint.destination)
             .or(service.waypoint.as_ref())
@@ -178,7 +178,7 @@ impl<'a, R: Rng> Decision<'a, R> {
     fn reach_service_waypoint(
         &mut self,
         service: &Arc<Service>,
-        reference: &GatewayAddress,
+        reference: &Arc<GatewayAddress>,
     ) -> Decided<Routed> {
         let (waypoint, wanted) = self.waypoint(reference)?;
         let (route, because) = if self.is_remote(&waypoint) {
@@ -247,7 +247,7 @@ impl<'a, R: Rng> Decision<'a, R> {
     fn reach_workload_waypoint(
         &mut self,
         upstream: &Upstream,
-        reference: &GatewayAddress,
+        reference: &Arc<GatewayAddress>,
     ) -> Decided<Routed> {
         let (waypoint, wanted) = self.waypoint(reference)?;
         if self.is_remote(&waypoint) {
@@ -327,7 +327,7 @@ impl<'a, R: Rng> Decision<'a, R> {
         Ok(Route::Tunnel { tunnel, next_hop: gateway.workload })
     }
 
-    fn waypoint(&mut self, reference: &GatewayAddress) -> Decided<(Upstream, IpAddr)> {
+    fn waypoint(&mut self, reference: &Arc<GatewayAddress>) -> Decided<(Upstream, IpAddr)> {
         self.gateway(reference, Mode::Waypoint)?
             .ok_or_else(|| NoRoute::UnknownWaypoint(reference.clone()).into())
     }
@@ -335,7 +335,7 @@ impl<'a, R: Rng> Decision<'a, R> {
     /// What a reference leads to, and the address that guides the choice among its addresses.
     fn gateway(
         &mut self,
-        reference: &GatewayAddress,
+        reference: &Arc<GatewayAddress>,
         mode: Mode,
     ) -> Decided<Option<(Upstream, IpAddr)>> {
         let snapshot = self.view.snapshot;

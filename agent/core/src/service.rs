@@ -22,7 +22,7 @@ pub struct Service {
     pub ports: PortMap,
     /// Identities that its servers may present besides those of the chosen workload, as written.
     pub subject_alt_names: Vec<Arc<str>>,
-    pub waypoint: Option<GatewayAddress>,
+    pub waypoint: Option<Arc<GatewayAddress>>,
     /// Drawn from before `waypoint` when any weight is positive.
     pub weighted_waypoints: Vec<WeightedWaypoint>,
     /// `None`: any endpoint, healthy ones only.
@@ -61,7 +61,7 @@ impl Service {
     }
 
     /// Every waypoint that traffic to the service may take.
-    pub fn waypoints(&self) -> impl Iterator<Item = &GatewayAddress> {
+    pub fn waypoints(&self) -> impl Iterator<Item = &Arc<GatewayAddress>> {
         let weighted = self.weighted_waypoints.iter().filter(|waypoint| waypoint.weight > 0);
         weighted.map(|waypoint| &waypoint.destination).chain(&self.waypoint)
     }
@@ -77,7 +77,7 @@ impl Service {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WeightedWaypoint {
-    pub destination: GatewayAddress,
+    pub destination: Arc<GatewayAddress>,
     pub weight: u32,
 }
 

@@ -64,8 +64,8 @@ impl fmt::Display for ResourceKey {
     }
 }
 
-impl From<&GatewayAddress> for ResourceKey {
-    fn from(reference: &GatewayAddress) -> Self {
+impl From<&Arc<GatewayAddress>> for ResourceKey {
+    fn from(reference: &Arc<GatewayAddress>) -> Self {
         match &reference.destination {
             GatewayDestination::Address(address) => ResourceKey::Address(address.clone()),
             GatewayDestination::Hostname(hostname) => ResourceKey::Hostname(hostname.clone()),

@@ -25,13 +25,13 @@ pub struct Workload {
     pub tunnel_protocol: TunnelProtocol,
     pub network_mode: NetworkMode,
     /// The waypoint for traffic that is addressed to this workload itself.
-    pub waypoint: Option<GatewayAddress>,
+    pub waypoint: Option<Arc<GatewayAddress>>,
     /// How to reach it from another network.
-    pub network_gateway: Option<GatewayAddress>,
+    pub network_gateway: Option<Arc<GatewayAddress>>,
     /// The Kubernetes node it runs on; empty if unknown.
     pub node: Arc<str>,
     pub cluster_id: Arc<str>,
-    pub locality: Locality,
+    pub locality: Arc<Locality>,
     /// Terminates HBONE by itself.
     pub native_tunnel: bool,
     pub application_tunnel: Option<ApplicationTunnel>,

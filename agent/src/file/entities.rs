@@ -98,11 +98,11 @@ impl From<RawWorkload> for Workload {
             network: raw.network.into(),
             tunnel_protocol: raw.protocol.0,
             network_mode: raw.network_mode.0,
-            waypoint: raw.waypoint.map(Into::into),
-            network_gateway: raw.network_gateway.map(Into::into),
+            waypoint: raw.waypoint.map(gateway),
+            network_gateway: raw.network_gateway.map(gateway),
             node: raw.node.into(),
             cluster_id: raw.cluster_id.into(),
-            locality: raw.locality.map(Into::into).unwrap_or_default(),
+            locality: raw.locality.map(|raw| Arc::new(raw.into())).unwrap_or_default(),
             native_tunnel: raw.native_tunnel,
             application_tunnel: raw.application_tunnel.map(Into::into),
             services: raw.services.into_iter().map(|(key, ports)| (key.0.0, ports)).collect(),
@@ -132,10 +132,9 @@ struct RawGateway {
     hbone_mtls_port: u16,
 }
 
-impl From<RawGateway> for GatewayAddress {
-    fn from(raw: RawGateway) -> Self {
-        GatewayAddress { destination: raw.destination.0, hbone_mtls_port: raw.hbone_mtls_port }
-    }
+fn gateway(raw: RawGateway) -> Arc<GatewayAddress> {
+    let RawGateway { destination, hbone_mtls_port } = raw;
+    Arc::new(GatewayAddress { destination: destination.0, hbone_mtls_port })
 }
 
 #[derive(Deserialize)]
@@ -205,7 +204,7 @@ impl From<RawService> for Service {
             cidr_vips: raw.cidr_vips.into_iter().map(Into::into).collect(),
             ports: raw.ports,
             subject_alt_names: raw.subject_alt_names.into_iter().map(Into::into).collect(),
-            waypoint: raw.waypoint.map(Into::into),
+            waypoint: raw.waypoint.map(gateway),
             weighted_waypoints: raw.weighted_waypoints.into_iter().map(Into::into).collect(),
             load_balancer: raw.load_balancer.map(Into::into),
             ip_families: raw.ip_families.map_or(IpFamilies::Automatic, |families| families.0),
@@ -248,7 +247,7 @@ struct RawWeightedWaypoint {
 
 impl From<RawWeightedWaypoint> for WeightedWaypoint {
     fn from(raw: RawWeightedWaypoint) -> Self {
-        WeightedWaypoint { destination: raw.destination.into(), weight: raw.weight }
+        WeightedWaypoint { destination: gateway(raw.destination), weight: raw.weight }
     }
 }
 

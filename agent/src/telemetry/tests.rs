@@ -102,7 +102,7 @@ fn workload(name: &str, owner: &str, namespace: &str, account: &str) -> Workload
         network_gateway: None,
         node: "node-a".into(),
         cluster_id: "c1".into(),
-        locality: Locality { region: "eu".into(), ..Locality::default() },
+        locality: Arc::new(Locality { region: "eu".into(), ..Locality::default() }),
         native_tunnel: false,
         application_tunnel: None,
         services: Default::default(),

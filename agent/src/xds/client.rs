@@ -6,22 +6,22 @@ use std::time::{Duration, SystemTime};
 use culvert_proto::envoy::service::discovery::v3::DeltaDiscoveryRequest as Request;
 use http::uri::PathAndQuery;
 use parking_lot::Mutex;
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep_until, timeout_at};
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::codec::Streaming;
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tonic::{Code, Status};
-use tonic_prost::ProstCodec;
 
 use super::Publish;
+use super::arriving::{Arriving, WAITING};
 use super::backoff::{Backoff, End};
-use super::intake::Intake;
+use super::frames::Part;
+use super::incoming::{Event, Incoming};
+use super::intake::{Intake, Outcome};
 use super::keeper::{Keeper, Turn};
 use super::needs::Needs;
 use super::session::{Kind, subscribe};
 use super::status::{XdsConnection, XdsStatus};
-use super::wire::Response;
-use crate::control::{Control, ControlChannel, MAX_MESSAGE};
+use crate::control::Control;
 use crate::telemetry::{Termination, XdsMetrics};
 
 const METHOD: &str =
@@ -31,10 +31,10 @@ const METHOD: &str =
 const FIRST_RESPONSE: Duration = Duration::from_secs(60);
 /// The same when another address can be tried.
 const FIRST_OF_SEVERAL: Duration = Duration::from_secs(10);
+/// How long nothing may come of a response that began, while the connection is alive.
+const STALLED: Duration = Duration::from_secs(60);
 /// Requests that wait for the control plane to read them.
 const OUTGOING: usize = 1024;
-/// A response with more bytes is dealt with on a thread of its own.
-const LARGE: usize = 256 << 10;
 
 pub(super) struct Client<P> {
     control: Control,
@@ -129,7 +129,8 @@ impl<P: Publish> Client<P> {
         let (requests, outgoing) = mpsc::channel(OUTGOING);
         self.begin(&requests);
         let deadline = Instant::now() + self.patience();
-        let stream = match timeout_at(deadline, open(channel, outgoing)).await {
+        let method = PathAndQuery::from_static(METHOD);
+        let stream = match timeout_at(deadline, Incoming::open(channel, method, outgoing)).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(status)) => {
                 self.avoid = Some(address.clone());
@@ -172,25 +173,19 @@ impl<P: Publish> Client<P> {
     /// Also gives whether the stream brought anything.
     async fn follow(
         &mut self,
-        mut stream: Streaming<Response>,
+        mut stream: Incoming,
         requests: mpsc::Sender<Request>,
         deadline: Instant,
         address: &str,
     ) -> (Ended, bool) {
         let needs = self.needs.clone();
         let mut brought = false;
-        let mut lent = None;
         loop {
             let request = tokio::select! {
-                message = stream.message() => match message {
-                    Ok(Some(response)) => {
+                event = stream.event() => match self.take(event, &mut stream).await {
+                    Ok(Some(answer)) => {
                         brought = true;
-                        // The stream's buffer is the message's. It is only given up for a new one
-                        // while somebody else holds a part of it; else it stays as large as the
-                        // largest message was.
-                        let part = response.resources.first().filter(|_| response.size() > LARGE);
-                        drop(std::mem::replace(&mut lent, part.cloned()));
-                        self.take(response).await
+                        answer
                     }
                     Ok(None) => return (Ended { end: End::Complete, error: None }, brought),
                     Err(status) => {
@@ -214,25 +209,26 @@ impl<P: Publish> Client<P> {
         }
     }
 
-    /// Takes over a response and gives the answer to it.
-    async fn take(&mut self, response: Response) -> Request {
-        let (size, resources) = (response.size(), response.resources.len());
-        let url = Kind::of_url(&response.type_url).map_or("other", Kind::url);
-        self.metrics.received(url, size as u64);
-        let (intake, needs, publish) =
-            (self.intake.clone(), self.needs.clone(), self.publish.clone());
-        let work = move || intake.lock().take(response, &needs, |changes| publish.publish(changes));
-        let outcome = match size > LARGE {
-            false => work(),
-            true => match tokio::task::spawn_blocking(work).await {
-                Ok(outcome) => outcome,
-                Err(error) => std::panic::resume_unwind(error.into_panic()),
-            },
+    /// Takes over what came and gives the answer to it.
+    async fn take(
+        &mut self,
+        event: Result<Option<Event>, Status>,
+        stream: &mut Incoming,
+    ) -> Result<Option<Request>, Status> {
+        let (size, outcome) = match event? {
+            None => return Ok(None),
+            Some(Event::Message(response)) => {
+                let publish = |changes: &mut dyn Iterator<Item = _>| self.publish.publish(changes);
+                let size = response.size();
+                (size, self.intake.lock().take(response, &self.needs, publish))
+            }
+            Some(Event::Large(size)) => (size, self.take_arriving(stream).await?),
         };
+        let url = Kind::of_url(&outcome.answer.type_url).map_or("other", Kind::url);
+        self.metrics.received(url, size as u64);
         tracing::debug!(
             url,
             size,
-            resources,
             accepted = outcome.accepted,
             removed = outcome.removed,
             rejected = outcome.rejected.len(),
@@ -246,7 +242,38 @@ impl<P: Publish> Client<P> {
         let intake = self.intake.lock();
         let now = SystemTime::now();
         self.status.send_modify(|status| status.pushed(&outcome, &intake.session, now));
-        outcome.answer
+        Ok(Some(outcome.answer))
+    }
+
+    /// Receives a large response here, and takes it over on a thread of its own meanwhile.
+    async fn take_arriving(&self, stream: &mut Incoming) -> Result<Outcome, Status> {
+        let (groups, arriving) = mpsc::channel(WAITING);
+        let (intake, needs, publish) =
+            (self.intake.clone(), self.needs.clone(), self.publish.clone());
+        let arriving = Arriving::new(Handle::current(), arriving);
+        let taken = tokio::task::spawn_blocking(move || {
+            let publish = |changes: &mut dyn Iterator<Item = _>| publish.publish(changes);
+            intake.lock().take_arriving(arriving, &needs, publish)
+        });
+        let received = loop {
+            let group = match timeout(STALLED, stream.parts()).await {
+                Ok(Ok(group)) => group,
+                Ok(Err(status)) => break Err(status),
+                Err(_) => break Err(Status::unavailable("it stopped within a response")),
+            };
+            let is_last = matches!(group.last(), Some(Part::End(_)));
+            // If nobody takes it any more, the thread says why.
+            if groups.send(group).await.is_err() || is_last {
+                break Ok(());
+            }
+        };
+        drop(groups);
+        let outcome = match taken.await {
+            Ok(outcome) => outcome,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        };
+        received?;
+        outcome.ok_or_else(|| Status::internal("the response was not taken over"))
     }
 
     fn keep(&mut self, turn: Turn) {
@@ -268,20 +295,6 @@ async fn turn(keeper: &mut Option<Keeper>, renewing: bool) -> Turn {
         Some(keeper) => keeper.turn(renewing).await,
         None => std::future::pending().await,
     }
-}
-
-async fn open(
-    channel: ControlChannel,
-    requests: mpsc::Receiver<Request>,
-) -> Result<Streaming<Response>, Status> {
-    let mut grpc = tonic::client::Grpc::new(channel)
-        .max_decoding_message_size(MAX_MESSAGE)
-        .max_encoding_message_size(MAX_MESSAGE);
-    grpc.ready().await?;
-    let codec = ProstCodec::<Request, Response>::default();
-    let requests = tonic::Request::new(ReceiverStream::new(requests));
-    let response = grpc.streaming(requests, PathAndQuery::from_static(METHOD), codec).await?;
-    Ok(response.into_inner())
 }
 
 fn end_of(status: &Status) -> End {

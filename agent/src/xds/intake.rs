@@ -7,6 +7,7 @@ use culvert_core::snapshot::Change;
 use culvert_proto::envoy::service::discovery::v3::DeltaDiscoveryRequest as Request;
 use prost::Message;
 
+use super::arriving::Arriving;
 use super::decode::{Address, Decoder, Rejection};
 use super::kept::Content;
 use super::needs::{Found, Needs};
@@ -47,30 +48,59 @@ impl Intake {
         publish: impl FnOnce(&mut dyn Iterator<Item = Change>),
     ) -> Outcome {
         let Response { resources, type_url, nonce, removed_resources } = response;
-        let (mut accepted, mut removed, mut rejected) = (0, 0, Rejections::default());
-        if let Some(kind) = Kind::of_url(&type_url) {
+        let mut tally = Tally { kind: Kind::of_url(&type_url), ..Tally::default() };
+        if let Some(kind) = tally.kind {
             self.session.names_mut(kind).expect(resources.len());
-            let mut changes = Changes {
-                intake: self,
-                needs,
-                kind,
-                resources: resources.into_iter().enumerate(),
-                removals: removed_resources.into_iter(),
-                answered: Vec::new(),
-                accepted: 0,
-                removed: 0,
-                rejected: Rejections::default(),
-                unknown: 0,
-            };
-            publish(&mut changes);
-            // Only now does who waits find what it waited for.
-            needs.answered(&changes.answered);
-            (accepted, removed) = (changes.accepted, changes.removed);
-            rejected = changes.rejected;
+            let (resources, removals) = (resources.into_iter(), removed_resources.into_iter());
+            publish(&mut Changes { intake: self, needs, resources, removals, tally: &mut tally });
         } else {
             tracing::warn!(%type_url, "resources of a type that was not asked for are ignored");
         }
-        let answer = self.session.answer(&type_url, &nonce, &rejected);
+        self.finish(&type_url, &nonce, tally, needs)
+    }
+
+    /// Takes over a response while it arrives: section by section, and what it removes at last.
+    ///
+    /// Of what type its resources are is told by the first of them. `None`: it broke off. What came
+    /// of it stays in force, as each resource stands by itself; the next stream names it as held and
+    /// brings the rest.
+    pub fn take_arriving(
+        &mut self,
+        mut arriving: Arriving,
+        needs: &Needs,
+        mut publish: impl FnMut(&mut dyn Iterator<Item = Change>),
+    ) -> Option<Outcome> {
+        let mut tally = Tally::default();
+        while arriving.begin_section() {
+            let (resources, removals) = (&mut arriving, Vec::new().into_iter());
+            publish(&mut Changes { intake: self, needs, resources, removals, tally: &mut tally });
+        }
+        let Response { type_url, nonce, removed_resources, .. } = arriving.end()?;
+        let kind = Kind::of_url(&type_url);
+        match tally.kind {
+            None if kind.is_none() => {
+                tracing::warn!(%type_url, "resources of a type that was not asked for are ignored");
+                tally = Tally::default();
+            }
+            Some(told) if kind != Some(told) => {
+                let why = format!("type_url: {type_url} is not that of its resources");
+                tally.reject("response".to_owned(), why);
+            }
+            None | Some(_) => {
+                tally.kind = kind;
+                let (resources, removals) = (std::iter::empty(), removed_resources.into_iter());
+                let tally = &mut tally;
+                publish(&mut Changes { intake: self, needs, resources, removals, tally });
+            }
+        }
+        Some(self.finish(&type_url, &nonce, tally, needs))
+    }
+
+    fn finish(&mut self, type_url: &str, nonce: &str, tally: Tally, needs: &Needs) -> Outcome {
+        // Only now does who waits find what it waited for.
+        needs.answered(&tally.answered);
+        let Tally { accepted, removed, rejected, .. } = tally;
+        let answer = self.session.answer(type_url, nonce, &rejected);
         Outcome { answer, accepted, removed, rejected }
     }
 
@@ -143,13 +173,22 @@ fn is_called(name: &str, key: &str, field: &'static str) -> Result<(), Rejection
     }
 }
 
-/// The changes of one response, made when they are taken.
-struct Changes<'a> {
+/// The changes of one response, or of a section of it, made when they are taken.
+struct Changes<'a, R> {
     intake: &'a mut Intake,
     needs: &'a Needs,
-    kind: Kind,
-    resources: std::iter::Enumerate<std::vec::IntoIter<Bytes>>,
+    resources: R,
     removals: std::vec::IntoIter<String>,
+    tally: &'a mut Tally,
+}
+
+/// What became of a response so far.
+#[derive(Default)]
+struct Tally {
+    /// Of what type its resources are, as soon as that is known.
+    kind: Option<Kind>,
+    /// How many there were.
+    resources: usize,
     /// What an on-demand need may have been called.
     answered: Vec<(String, Found)>,
     accepted: usize,
@@ -159,51 +198,7 @@ struct Changes<'a> {
     unknown: usize,
 }
 
-impl Changes<'_> {
-    fn resource(&mut self, index: usize, bytes: Bytes) -> Option<Change> {
-        let resource = match Resource::decode(bytes) {
-            Ok(resource) => resource,
-            Err(error) => {
-                let why = Rejection::Unreadable(error).to_string();
-                self.reject(format!("resource {index}"), why);
-                return None;
-            }
-        };
-        let Resource { version, payload, name, aliases } = resource;
-        if self.needs.are_asked() && self.kind == Kind::Address {
-            let names = aliases.into_iter().chain([name.clone()]);
-            self.answered.extend(names.map(|name| (name, Found::Known)));
-        }
-        let read = match payload {
-            None => Err(Rejection::Missing("resource")),
-            Some(payload) if payload.type_url != self.kind.url() => Err(Rejection::Invalid {
-                field: "type_url",
-                value: payload.type_url,
-                why: "is not that of the response",
-            }),
-            Some(payload) => {
-                let raw = payload.value.clone();
-                let read = self.intake.read(self.kind, &name, payload.value);
-                read.map(|read| (raw, read))
-            }
-        };
-        match read {
-            Ok((raw, (key, change, item))) => {
-                let version = Version::new(&version);
-                if let Some(content) = &mut self.intake.content {
-                    content.put(item, key.clone(), version.clone(), &raw);
-                }
-                self.intake.session.names_mut(self.kind).accept(key, version, item);
-                self.accepted += 1;
-                Some(change)
-            }
-            Err(error) => {
-                self.reject(name, error.to_string());
-                None
-            }
-        }
-    }
-
+impl Tally {
     fn reject(&mut self, name: String, why: String) {
         if self.rejected.add(name.clone(), why.clone()) {
             tracing::warn!(name, error = why, "resource rejected");
@@ -211,9 +206,61 @@ impl Changes<'_> {
             tracing::debug!(name, error = why, "resource rejected");
         }
     }
+}
+
+impl<R: Iterator<Item = Bytes>> Changes<'_, R> {
+    fn resource(&mut self, bytes: Bytes) -> Option<Change> {
+        let index = self.tally.resources;
+        self.tally.resources += 1;
+        let resource = match Resource::decode(bytes) {
+            Ok(resource) => resource,
+            Err(error) => {
+                let why = Rejection::Unreadable(error).to_string();
+                self.tally.reject(format!("resource {index}"), why);
+                return None;
+            }
+        };
+        let Resource { version, payload, name, aliases } = resource;
+        let told = payload.as_ref().and_then(|payload| Kind::of_url(&payload.type_url));
+        let kind = self.tally.kind.or(told);
+        self.tally.kind = kind;
+        if self.needs.are_asked() && kind == Some(Kind::Address) {
+            let names = aliases.into_iter().chain([name.clone()]);
+            self.tally.answered.extend(names.map(|name| (name, Found::Known)));
+        }
+        let read = match (payload, told) {
+            (None, _) => Err(Rejection::Missing("resource")),
+            (Some(payload), Some(own)) if kind == told => {
+                let raw = payload.value.clone();
+                let read = self.intake.read(own, &name, payload.value);
+                read.map(|read| (own, raw, read))
+            }
+            (Some(payload), _) => Err(Rejection::Invalid {
+                field: "type_url",
+                value: payload.type_url,
+                why: "is not that of the response",
+            }),
+        };
+        match read {
+            Ok((kind, raw, (key, change, item))) => {
+                let version = Version::new(&version);
+                if let Some(content) = &mut self.intake.content {
+                    content.put(item, key.clone(), version.clone(), &raw);
+                }
+                self.intake.session.names_mut(kind).accept(key, version, item);
+                self.tally.accepted += 1;
+                Some(change)
+            }
+            Err(error) => {
+                self.tally.reject(name, error.to_string());
+                None
+            }
+        }
+    }
 
     fn removal(&mut self, name: String) -> Option<Change> {
-        let removed = self.intake.session.names_mut(self.kind).remove(&name);
+        let kind = self.tally.kind?;
+        let removed = self.intake.session.names_mut(kind).remove(&name);
         if let Some(content) = &mut self.intake.content {
             content.remove(removed, &name);
         }
@@ -226,9 +273,9 @@ impl Changes<'_> {
                 None
             }
         };
-        self.removed += usize::from(change.is_some());
-        if self.needs.are_asked() && self.kind == Kind::Address {
-            self.answered.push((name, Found::Nothing));
+        self.tally.removed += usize::from(change.is_some());
+        if self.needs.are_asked() && kind == Kind::Address {
+            self.tally.answered.push((name, Found::Nothing));
         }
         change
     }
@@ -236,9 +283,9 @@ impl Changes<'_> {
     /// Uids of workloads that never came are usual after a new connection, and on demand any name
     /// that does not exist is answered so.
     fn tell_unknown(&mut self, name: &str) {
-        self.unknown += 1;
+        self.tally.unknown += 1;
         let is_uid = name.split_once('/').is_some_and(|(_, rest)| rest.contains('/'));
-        if is_uid || self.needs.are_asked() || self.unknown > UNKNOWN_TOLD {
+        if is_uid || self.needs.are_asked() || self.tally.unknown > UNKNOWN_TOLD {
             tracing::debug!(name, "removal of an unknown resource");
         } else {
             tracing::warn!(name, "removal of an unknown resource");
@@ -246,12 +293,12 @@ impl Changes<'_> {
     }
 }
 
-impl Iterator for Changes<'_> {
+impl<R: Iterator<Item = Bytes>> Iterator for Changes<'_, R> {
     type Item = Change;
 
     fn next(&mut self) -> Option<Change> {
-        while let Some((index, bytes)) = self.resources.next() {
-            if let Some(change) = self.resource(index, bytes) {
+        while let Some(bytes) = self.resources.next() {
+            if let Some(change) = self.resource(bytes) {
                 return Some(change);
             }
         }

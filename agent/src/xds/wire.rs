@@ -8,8 +8,8 @@ use bytes::Bytes;
 
 /// `envoy.service.discovery.v3.DeltaDiscoveryResponse`.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(super) struct Response {
-    /// Each an encoded [`Resource`].
+pub struct Response {
+    /// Each an encoded `Resource`.
     #[prost(bytes = "bytes", repeated, tag = "2")]
     pub resources: Vec<Bytes>,
     #[prost(string, tag = "4")]

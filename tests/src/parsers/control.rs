@@ -8,9 +8,10 @@ use std::sync::{Arc, LazyLock};
 
 use culvert_agent::ca::parse_chain;
 use culvert_agent::handover;
+use culvert_agent::packet::Packet;
 use culvert_agent::tls::{Issued, Trust, WorkloadCertificate};
-use culvert_agent::xds::{Address, Decoder, Rejection};
-use culvert_agent::zds::{Conversation, Order, Packet};
+use culvert_agent::xds::{Address, Decoder, FrameError, Frames, Part, Rejection};
+use culvert_agent::zds::{Conversation, Order};
 use culvert_core::authorization::Connection;
 use culvert_core::identity::Identity;
 use culvert_core::snapshot::{Change, Snapshot};
@@ -84,6 +85,33 @@ pub(super) fn discovery(bytes: &[u8]) {
     }
 }
 
+/// The delta stream's half of the control plane, in pieces of the first byte's size. It must not
+/// matter how it is cut.
+pub(super) fn discovery_stream(bytes: &[u8]) {
+    let Some((piece, stream)) = bytes.split_first() else { return };
+    let cut = stream_parts(stream, usize::from(*piece).max(1));
+    assert_eq!(cut, stream_parts(stream, stream.len().max(1)));
+}
+
+/// What is read of it, and how it ended.
+fn stream_parts(stream: &[u8], piece: usize) -> (Vec<String>, Result<(), FrameError>) {
+    let (mut frames, mut parts) = (Frames::default(), Vec::new());
+    for piece in stream.chunks(piece) {
+        frames.push(piece);
+        loop {
+            match frames.part() {
+                Ok(Some(Part::Resource(resource))) if resource.len() > stream.len() => {
+                    panic!("a resource of {} bytes out of {}", resource.len(), stream.len())
+                }
+                Ok(Some(part)) => parts.push(format!("{part:?}")),
+                Ok(None) => break,
+                Err(error) => return (parts, Err(error)),
+            }
+        }
+    }
+    (parts, frames.end())
+}
+
 /// One connection of istio-cni: packets, each after its length and its number of descriptors.
 pub(super) fn zds_packets(bytes: &[u8]) {
     let mut conversation = Conversation::default();
@@ -122,7 +150,7 @@ pub(super) fn zds_packets(bytes: &[u8]) {
 
 /// What another agent gives: packets, each after its length and its number of descriptors.
 pub(super) fn handover_packets(bytes: &[u8]) {
-    let mut given = handover::GivenPods::default();
+    let mut given = handover::GivenPods::new(16);
     let mut rest = bytes;
     while let Some((&[low, high, descriptors], further)) = rest.split_first_chunk() {
         let length = usize::from(u16::from_le_bytes([low, high]));

@@ -11,8 +11,8 @@ use crate::workload::{ApplicationTunnel, ApplicationTunnelProtocol, Health, Loca
 
 const API: &str = "shop/api.shop";
 
-fn locality(region: &str, zone: &str, subzone: &str) -> Locality {
-    Locality { region: region.into(), zone: zone.into(), subzone: subzone.into() }
+fn locality(region: &str, zone: &str, subzone: &str) -> Arc<Locality> {
+    Arc::new(Locality { region: region.into(), zone: zone.into(), subzone: subzone.into() })
 }
 
 fn source() -> Workload {

@@ -306,7 +306,7 @@ mod other_networks {
         })
     }
 
-    fn named_api(waypoint: Option<GatewayAddress>) -> Change {
+    fn named_api(waypoint: Option<Arc<GatewayAddress>>) -> Change {
         changed_api(|s| {
             s.subject_alt_names = vec!["spiffe://td/ns/far/sa/api".into()];
             s.waypoint = waypoint;
@@ -413,7 +413,7 @@ enum Address {
     None,
 }
 
-fn any_reference() -> impl Strategy<Value = Option<GatewayAddress>> {
+fn any_reference() -> impl Strategy<Value = Option<Arc<GatewayAddress>>> {
     prop::option::weighted(
         0.3,
         (0..6u8, any::<bool>()).prop_map(|(number, by_ip)| {

@@ -305,7 +305,7 @@ fn elsewhere_is_anywhere_once_there_is_nothing_else() {
     assert_eq!(drawn.len(), 1);
 }
 
-fn any_reference() -> impl Strategy<Value = Option<GatewayAddress>> {
+fn any_reference() -> impl Strategy<Value = Option<Arc<GatewayAddress>>> {
     prop::option::weighted(
         0.15,
         (0..3u8).prop_map(|number| by_hostname(&format!("ns/s{number}.ns"))),

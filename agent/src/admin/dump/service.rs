@@ -107,7 +107,7 @@ impl<'a> ServiceDump<'a> {
             ports: &service.ports,
             endpoints,
             subject_alt_names: service.subject_alt_names.iter().map(|name| &**name).collect(),
-            waypoint: service.waypoint.as_ref().map(GatewayDump::of),
+            waypoint: service.waypoint.as_deref().map(GatewayDump::of),
             weighted_waypoints: service
                 .weighted_waypoints
                 .iter()

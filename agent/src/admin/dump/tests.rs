@@ -34,11 +34,9 @@ fn dumped_mesh(changes: Vec<Change>) -> Value {
     dumped(state)
 }
 
-fn gateway(destination: &str) -> GatewayAddress {
-    GatewayAddress {
-        destination: GatewayDestination::Hostname(destination.parse().unwrap()),
-        hbone_mtls_port: 15008,
-    }
+fn gateway(destination: &str) -> Arc<GatewayAddress> {
+    let destination = GatewayDestination::Hostname(destination.parse().unwrap());
+    Arc::new(GatewayAddress { destination, hbone_mtls_port: 15008 })
 }
 
 fn api_workload() -> Workload {
@@ -57,7 +55,7 @@ fn api_workload() -> Workload {
         network_gateway: None,
         node: "node-a".into(),
         cluster_id: "c1".into(),
-        locality: Locality::default(),
+        locality: Arc::default(),
         native_tunnel: false,
         application_tunnel: None,
         services: [("shop/api.shop.svc.cluster.local".parse().unwrap(), [(80, 8080)].into())]
@@ -267,10 +265,8 @@ fn what_is_set_is_shown() {
         network: "net".into(),
         ip: "10.96.0.20".parse().unwrap(),
     };
-    let by_address = GatewayAddress {
-        destination: GatewayDestination::Address(address),
-        hbone_mtls_port: 15008,
-    };
+    let destination = GatewayDestination::Address(address);
+    let by_address = Arc::new(GatewayAddress { destination, hbone_mtls_port: 15008 });
     let workload = Workload {
         network_gateway: Some(by_address.clone()),
         network_mode: NetworkMode::HostNetwork,
@@ -282,7 +278,11 @@ fn what_is_set_is_shown() {
             protocol: ApplicationTunnelProtocol::Proxy,
             port: Some(15088),
         }),
-        locality: Locality { region: "eu".into(), zone: "eu-1".into(), subzone: "".into() },
+        locality: Arc::new(Locality {
+            region: "eu".into(),
+            zone: "eu-1".into(),
+            subzone: "".into(),
+        }),
         status: Health::Unhealthy,
         ..api_workload()
     };

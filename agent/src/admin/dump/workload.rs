@@ -76,8 +76,8 @@ impl<'a> WorkloadDump<'a> {
         let locality = &workload.locality;
         Self {
             workload_ips: &workload.addresses,
-            waypoint: workload.waypoint.as_ref().map(GatewayDump::of),
-            network_gateway: workload.network_gateway.as_ref().map(GatewayDump::of),
+            waypoint: workload.waypoint.as_deref().map(GatewayDump::of),
+            network_gateway: workload.network_gateway.as_deref().map(GatewayDump::of),
             protocol: match workload.tunnel_protocol {
                 TunnelProtocol::Hbone => "HBONE",
                 TunnelProtocol::None => "TCP",
@@ -109,7 +109,7 @@ impl<'a> WorkloadDump<'a> {
             authorization_policies: workload.authorization_policies.iter().map(|p| &**p).collect(),
             status: health(workload.status),
             cluster_id: &workload.cluster_id,
-            locality: (*locality != Locality::default()).then_some(LocalityDump {
+            locality: (**locality != Locality::default()).then_some(LocalityDump {
                 region: &locality.region,
                 zone: &locality.zone,
                 subzone: &locality.subzone,

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use culvert_core::workload::{Health, Locality, NetworkMode};
+use culvert_core::workload::{Health, NetworkMode};
 use proptest::prelude::*;
 
 use super::*;
@@ -23,7 +23,7 @@ fn workload(uid: &str, account: &str, node: &str) -> Workload {
         network_gateway: None,
         node: node.into(),
         cluster_id: "".into(),
-        locality: Locality::default(),
+        locality: Arc::default(),
         native_tunnel: false,
         application_tunnel: None,
         services: Default::default(),

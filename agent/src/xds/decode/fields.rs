@@ -1,6 +1,7 @@
 //! What workloads and services have in common.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use culvert_core::addr::NetworkAddress;
 use culvert_core::intern::Interner;
@@ -40,7 +41,7 @@ pub(super) fn gateway(
     field: &'static str,
     gateway: proto::GatewayAddress,
     interner: &mut Interner,
-) -> Result<GatewayAddress, Rejection> {
+) -> Result<Arc<GatewayAddress>, Rejection> {
     use proto::gateway_address::Destination;
     let destination = match gateway.destination {
         None => return Err(Rejection::invalid(field, "reference", "has no destination")),
@@ -53,5 +54,6 @@ pub(super) fn gateway(
             ip: address(field, &at.address)?.to_canonical(),
         }),
     };
-    Ok(GatewayAddress { destination, hbone_mtls_port: port(field, gateway.hbone_mtls_port)? })
+    let hbone_mtls_port = port(field, gateway.hbone_mtls_port)?;
+    Ok(interner.gateway(GatewayAddress { destination, hbone_mtls_port }))
 }

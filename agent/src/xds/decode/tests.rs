@@ -306,7 +306,8 @@ fn addresses_lose_their_ipv4_mapping() {
     let raw = proto::Workload { addresses: vec![mapped.clone()], waypoint, ..plain() };
     let decoded = workload(raw).unwrap();
     assert_eq!(decoded.addresses, [plain_ip]);
-    let GatewayDestination::Address(at) = decoded.waypoint.unwrap().destination else { panic!() };
+    let waypoint = decoded.waypoint.unwrap();
+    let GatewayDestination::Address(at) = &waypoint.destination else { panic!() };
     assert_eq!(at.ip, plain_ip);
     let addresses = vec![vip(&mapped, None), vip(&mapped, Some(128))];
     let decoded = service(proto::Service { addresses, ..Default::default() }).unwrap();

@@ -44,7 +44,7 @@ pub(super) fn decode(raw: proto::Workload, texts: &mut Interner) -> Result<Workl
         network_gateway: gateway("network_gateway", raw.network_gateway, texts)?,
         node: texts.text(&raw.node),
         cluster_id: or_default(&raw.cluster_id, DEFAULT_CLUSTER, texts),
-        locality: raw.locality.map(|raw| locality(&raw, texts)).unwrap_or_default(),
+        locality: locality(&raw.locality.unwrap_or_default(), texts),
         native_tunnel: raw.native_tunnel,
         application_tunnel: raw.application_tunnel.map(application_tunnel).transpose()?,
         services: services(raw.services, texts)?,
@@ -99,12 +99,10 @@ fn workload_type(number: i32) -> &'static str {
     }
 }
 
-fn locality(raw: &proto::Locality, texts: &mut Interner) -> Locality {
-    Locality {
-        region: texts.text(&raw.region),
-        zone: texts.text(&raw.zone),
-        subzone: texts.text(&raw.subzone),
-    }
+fn locality(raw: &proto::Locality, texts: &mut Interner) -> Arc<Locality> {
+    let (region, zone) = (texts.text(&raw.region), texts.text(&raw.zone));
+    let subzone = texts.text(&raw.subzone);
+    texts.locality(Locality { region, zone, subzone })
 }
 
 fn application_tunnel(raw: proto::ApplicationTunnel) -> Result<ApplicationTunnel, Rejection> {

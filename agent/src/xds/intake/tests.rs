@@ -8,6 +8,7 @@ use culvert_proto::istio::security::Authorization;
 use culvert_proto::istio::workload as proto;
 use proptest::prelude::*;
 
+use super::super::frames::Part;
 use super::super::session::Subscription;
 use super::super::wire::Payload;
 use super::*;
@@ -69,6 +70,30 @@ fn response(kind: Kind, resources: Vec<Bytes>, removed: &[&str]) -> Response {
 fn apply(intake: &mut Intake, snapshot: &mut Snapshot, response: Response) -> Outcome {
     let needs = Needs::new(false);
     intake.take(response, &needs, |changes| *snapshot = snapshot.with(changes))
+}
+
+/// Applies parts of a response that come in these groups, and then no more.
+fn arrive(intake: &mut Intake, snapshot: &mut Snapshot, groups: Vec<Vec<Part>>) -> Option<Outcome> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let (sender, parts) = tokio::sync::mpsc::channel(groups.len().max(1));
+    for group in groups {
+        sender.try_send(group).unwrap();
+    }
+    drop(sender);
+    let arriving = Arriving::new(runtime.handle().clone(), parts);
+    let publish = |changes: &mut dyn Iterator<Item = _>| *snapshot = snapshot.with(changes);
+    intake.take_arriving(arriving, &Needs::new(false), publish)
+}
+
+fn grouped(response: Response, size: usize) -> Vec<Vec<Part>> {
+    let Response { resources, type_url, nonce, removed_resources } = response;
+    let end = Response { resources: Vec::new(), type_url, nonce, removed_resources };
+    let mut parts = resources.into_iter().map(Part::Resource).chain([Part::End(end)]).peekable();
+    let mut groups = Vec::new();
+    while parts.peek().is_some() {
+        groups.push(parts.by_ref().take(size).collect());
+    }
+    groups
 }
 
 fn versions(intake: &Intake, kind: Kind) -> BTreeMap<String, String> {
@@ -197,6 +222,65 @@ fn an_unknown_type_is_ignored_and_acked() {
     let outcome = intake.take(response, &needs, |_| panic!("nothing to publish"));
     assert_eq!(outcome.answer.type_url, "type.googleapis.com/other");
     assert!(outcome.answer.error_detail.is_none());
+}
+
+#[test]
+fn a_response_that_arrives_in_groups_is_taken_as_one_that_is_whole() {
+    let resources: Vec<_> = (0..100_u8)
+        .map(|number| {
+            let uid = format!("u{}", number % 90);
+            let value = workload(&uid, [10, 0, 0, number], Some("ns/svc.ns"));
+            // Every tenth cannot be read.
+            let value = if number % 10 == 3 { vec![0x0a, 0xff] } else { value };
+            resource(Kind::Address, &uid, &number.to_string(), value)
+        })
+        .collect();
+    let response = response(Kind::Address, resources, &["u1", "u2", "nobody"]);
+    let (mut whole, mut expected) = (intake(), Snapshot::default());
+    let told = apply(&mut whole, &mut expected, response.clone());
+    for size in [1, 7, 1000] {
+        let (mut intake, mut snapshot) = (intake(), Snapshot::default());
+        let groups = grouped(response.clone(), size);
+        let outcome = arrive(&mut intake, &mut snapshot, groups).unwrap();
+        let counts = |it: &Outcome| (it.accepted, it.removed, it.rejected.len());
+        assert_eq!(counts(&outcome), counts(&told));
+        assert_eq!(outcome.answer, told.answer);
+        assert_eq!(versions(&intake, Kind::Address), versions(&whole, Kind::Address));
+        assert_eq!(snapshot.workload_count(), expected.workload_count());
+        for workload in expected.workloads() {
+            assert_eq!(snapshot.workload(&workload.uid), Some(workload));
+        }
+    }
+}
+
+#[test]
+fn of_a_response_that_breaks_off_what_came_is_in_force_and_held() {
+    let (mut intake, mut snapshot) = (intake(), Snapshot::default());
+    let came = resource(Kind::Address, "u1", "1", workload("u1", [10, 0, 0, 1], None));
+    let outcome = arrive(&mut intake, &mut snapshot, vec![vec![Part::Resource(came)]]);
+    assert!(outcome.is_none());
+    assert!(snapshot.workload("u1").is_some());
+    let requests = intake.session.open();
+    assert_eq!(requests[0].initial_resource_versions.keys().collect::<Vec<_>>(), ["u1"]);
+    apply(&mut intake, &mut snapshot, response(Kind::Authorization, Vec::new(), &[]));
+    assert!(!intake.session.is_ready(), "not all addresses came");
+    apply(&mut intake, &mut snapshot, response(Kind::Address, Vec::new(), &["u1"]));
+    assert!(intake.session.is_ready());
+    assert!(snapshot.workload("u1").is_none());
+}
+
+#[test]
+fn a_type_that_is_not_that_of_what_arrived_is_refused() {
+    let (mut intake, mut snapshot) = (intake(), Snapshot::default());
+    let came = resource(Kind::Address, "u1", "1", workload("u1", [10, 0, 0, 1], None));
+    let groups = grouped(response(Kind::Authorization, vec![came], &["u1"]), 1);
+    let outcome = arrive(&mut intake, &mut snapshot, groups).unwrap();
+    let message = outcome.answer.error_detail.unwrap().message;
+    assert!(message.contains("is not that of its resources"), "{message}");
+    assert_eq!(outcome.removed, 0);
+    let other = Response { type_url: "other".to_owned(), ..Response::default() };
+    let outcome = arrive(&mut intake, &mut snapshot, grouped(other, 1)).unwrap();
+    assert_eq!((outcome.answer.error_detail, &*outcome.answer.type_url), (None, "other"));
 }
 
 #[test]

@@ -224,7 +224,7 @@ fn a_range_stands_for_a_service_to_its_clients() {
 
 #[test]
 fn an_address_that_is_both_keeps_the_two_orders_of_lookup() {
-    let both = |waypoint: Option<GatewayAddress>| {
+    let both = |waypoint: Option<Arc<GatewayAddress>>| {
         changed_api(|s| {
             let ip = "10.1.0.20".parse().unwrap();
             s.vips.push(NetworkAddress { network: "n1".into(), ip });
