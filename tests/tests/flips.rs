@@ -1,7 +1,7 @@
 //! Policies that flip a hundred times a second under connections that the kernel admits: of those that
 //! begin and end while the agent has acknowledged that they are denied, not one is served.
 //!
-//! `FLIPS_SECONDS` is how long it goes on; ten minutes are some millions of connections.
+//! `FLIPS_SECONDS` is how long it goes on; an hour is millions of connections.
 
 #![allow(clippy::unwrap_used)]
 
