@@ -40,6 +40,8 @@ pub trait AdminState: Send + Sync + 'static {
     /// The pods of this node, in any order.
     fn pods(&self) -> Vec<Pod>;
     fn connections(&self) -> &Connections;
+    /// Brings up to date how many bytes they have carried. Runs on a thread that may block.
+    fn measure(&self);
     /// The agent itself: its source, kernel programs and age.
     fn agent(&self) -> Agent;
     fn version(&self) -> Version;

@@ -17,6 +17,7 @@ use anyhow::Context;
 use culvert_abi::DNS_PORT;
 use culvert_core::admit::HeaderTo;
 use culvert_core::snapshot::Snapshot;
+use culvert_core::view::Coverage;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tracing::level_filters::LevelFilter;
@@ -25,8 +26,9 @@ use crate::admin::readiness::{DNS_PROXY, OpenTask, PROXY, Readiness, STATE_MANAG
 use crate::admin::{AdminAddrs, Sources};
 use crate::ca::Certificates;
 use crate::capture::{CaptureOptions, KERNEL_LOG, ListenOptions, Marks, Netns, Redirection};
-use crate::config::{Config, DnsSettings, MeshSettings, Redirect};
+use crate::config::{Config, DnsSettings, MeshSettings, Redirect, SameNodePath};
 use crate::connections::Connections;
+use crate::direct::{self, Direct};
 use crate::dns::{Dns, Upstreams};
 use crate::drain;
 use crate::file::{FileSource, MeshFile};
@@ -45,6 +47,10 @@ use state::State;
 
 /// How many pods of one node the kernel's tables have room for.
 const MAX_PODS: u32 = 1024;
+/// How many verdicts there is room for, over all pods.
+const MAX_VERDICTS: u32 = 65536;
+/// How many direct connections of one pod there is room for.
+const MAX_DIRECT: u32 = 16384;
 
 /// Runs the agent until it is told to stop, or another one takes over, and its connections are
 /// drained.
@@ -107,7 +113,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         Sources { telemetry: node.telemetry.clone(), readiness, log, state: state.clone() };
     let follower = Follower::new(news, source, signals, stopped);
     let duty = Duty { state, enrolment, follower, sources, trigger };
-    duty.run(bequest, synced(&xds), starting).await
+    duty.run(bequest, || synced(&xds), starting).await
 }
 
 fn enrolment_terms(config: &Config) -> Terms {
@@ -142,7 +148,8 @@ struct Rooms {
 }
 
 fn rooms(config: &Config, settings: &MeshSettings, first: &MeshFile) -> anyhow::Result<Rooms> {
-    let mesh = Arc::new(Mesh::new(Snapshot::default()));
+    let mesh = Mesh::new(Snapshot::default()).tunnelling(config.same_node.tunnelled.clone());
+    let mesh = Arc::new(mesh);
     let certificates = Arc::new(certificates::start(config, settings, first, &mesh)?);
     let version = Some(config.istio_version.to_string());
     let telemetry = Telemetry::new(version, Some(&Handle::current()));
@@ -161,7 +168,9 @@ fn make_node(
     }
     let upstreams = name_servers();
     let own = upstreams.as_ref().map(Upstreams::own).transpose()?;
+    let direct = make_direct(config, settings, &rooms, &capture, fetch.is_some());
     Ok(Node {
+        direct,
         name: config.node.clone(),
         network: settings.network.clone(),
         mesh: rooms.mesh,
@@ -184,6 +193,33 @@ fn make_node(
             },
         },
     })
+}
+
+fn make_direct(
+    config: &Config,
+    settings: &MeshSettings,
+    rooms: &Rooms,
+    capture: &Redirection,
+    on_demand: bool,
+) -> Option<Direct> {
+    let same_node = &config.same_node;
+    if same_node.path != SameNodePath::Kernel {
+        return None;
+    }
+    let terms = direct::Terms {
+        network: settings.network.clone(),
+        node: config.node.clone(),
+        coverage: match on_demand {
+            true => Coverage::OnDemand,
+            false => Coverage::Whole,
+        },
+        per_pod: same_node.verdicts_per_pod as usize,
+        admit_time: same_node.admit_time,
+    };
+    let (capture, certificates) = (capture.clone(), rooms.certificates.clone());
+    let direct = Direct::new(capture, certificates, terms, same_node.irrevocable)?;
+    direct.follow(&rooms.mesh);
+    Some(direct)
 }
 
 /// Read once: what asks them later keeps their answers.
@@ -240,6 +276,8 @@ fn capture_options(config: &Config, first: &MeshFile) -> anyhow::Result<CaptureO
         pin_path: config.pin_path.clone(),
         node: node.cookie(),
         max_pods: MAX_PODS,
+        max_verdicts: MAX_VERDICTS,
+        max_direct: MAX_DIRECT,
         log_level,
     })
 }

@@ -7,6 +7,7 @@
 //! and takes up the maps as they are. [`detach`] takes all of it away.
 
 mod detach;
+pub mod direct;
 mod inheritance;
 mod links;
 mod logs;
@@ -19,6 +20,7 @@ pub(crate) mod sys;
 
 use std::fs::File;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -26,19 +28,20 @@ use std::time::{Duration, Instant};
 use aya::maps::{MapData, MapError, SkStorage};
 use aya::programs::ProgramError;
 use culvert_abi::{
-    Address, CGROUP_PROGRAMS, Counts, Listener, SK_LOOKUP_PROGRAM, SOCKETS_MAP, SocketRole,
-    SocketState,
+    ABI_VERSION, Abi, Address, CGROUP_PROGRAMS, Counts, Listener, SK_LOOKUP_PROGRAM, SOCKETS_MAP,
+    SocketRole, SocketState,
 };
 use culvert_core::addr::OriginalDst;
 use parking_lot::Mutex;
 use tracing::level_filters::LevelFilter;
 
-pub use culvert_core::tables::{NetnsCookie, PodSpec};
+pub use culvert_core::tables::{NetnsCookie, PodSpec, VerdictId};
 pub use detach::{DetachReport, detach};
+pub use direct::Direct;
 pub use inheritance::is_unattended;
 pub use logs::{KERNEL_LOG, KernelLogs};
 pub use maps::MapCounts;
-pub use netns::{DnsSockets, ListenOptions, Listeners, Marks, Netns, NetnsError};
+pub use netns::{Carried, DnsSockets, ListenOptions, Listeners, Marks, Netns, NetnsError};
 pub use redirection::{NoOriginalDst, Redirection, plaintext_dst};
 pub use sys::raise_open_files;
 
@@ -63,8 +66,25 @@ pub struct CaptureOptions {
     pub node: NetnsCookie,
     /// How many pods the maps have room for.
     pub max_pods: u32,
+    /// How many verdicts they have room for, over all pods.
+    pub max_verdicts: u32,
+    /// How many direct connections of one pod they have room for, before further ones go by the
+    /// agent.
+    pub max_direct: u32,
     /// What the kernel programs log; they contain no code for what is not.
     pub log_level: LevelFilter,
+}
+
+impl CaptureOptions {
+    /// What the maps are made for.
+    fn abi(&self) -> Abi {
+        Abi {
+            version: ABI_VERSION,
+            max_pods: self.max_pods,
+            max_verdicts: self.max_verdicts,
+            max_direct: self.max_direct,
+        }
+    }
 }
 
 /// The mount of cgroup version 2, be it alone or beside version 1.
@@ -95,6 +115,16 @@ impl<'a> From<&'a Listeners> for PodListeners<'a> {
     }
 }
 
+/// Where a captured connection was going.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Original {
+    pub to: OriginalDst,
+    /// The kernel drew among the endpoints of this verdict, and the draw fell on
+    /// [`Verdict::elsewhere`](culvert_core::tables::Verdict::elsewhere): the agent draws among the
+    /// endpoints that the verdict does not name.
+    pub elsewhere: Option<VerdictId>,
+}
+
 /// What went wrong with the kernel.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
@@ -112,6 +142,10 @@ pub enum CaptureError {
     Map { map: &'static str, error: Box<MapError> },
     #[error("kernel map {map} is full, it has room for {max_pods} pods")]
     Full { map: &'static str, max_pods: u32 },
+    #[error("kernel map {map} is full, it has room for {max_verdicts} verdicts")]
+    VerdictsFull { map: &'static str, max_verdicts: u32 },
+    #[error("direct connection {client} to {server}: {error}")]
+    Destroy { client: SocketAddr, server: SocketAddr, error: io::Error },
     #[error("pod with namespace cookie {cookie}: {error}")]
     Pod { cookie: NetnsCookie, error: io::Error },
 }
@@ -125,6 +159,7 @@ pub struct Capture {
     sockets: SkStorage<MapData, SocketState>,
     sockets_fd: std::os::fd::OwnedFd,
     maps: Mutex<Maps>,
+    direct: Direct,
     logs: Mutex<Option<KernelLogs>>,
     programs: Vec<(String, u32)>,
 }
@@ -140,7 +175,7 @@ impl Capture {
     fn start_on(pins: Pins, options: &CaptureOptions) -> Result<Capture, CaptureError> {
         object::check_features()?;
         let adopted = pins.pods()?;
-        let fresh_maps = pins.discard_foreign_maps(options.max_pods)?;
+        let fresh_maps = pins.discard_foreign_maps(options.abi())?;
         let loader = Loader::new(options, &pins)?;
         let mut object = loader.load(None)?;
         let sockets =
@@ -148,7 +183,8 @@ impl Capture {
                 |map| SkStorage::try_from(map).map_err(|error| maps::failed(SOCKETS_MAP, error)),
             )?;
         let sockets_fd = pins.open_map(SOCKETS_MAP)?;
-        let mut maps = Maps::take(&mut object, options.max_pods)?;
+        let mut maps = Maps::take(&mut object, options)?;
+        let direct = Direct::take(&mut object, options, &pins)?;
         if fresh_maps {
             // Nothing is known of these pods but that they are to be captured. They have no address
             // and no listener, so they are refused everything until they are enrolled again.
@@ -175,6 +211,7 @@ impl Capture {
             sockets,
             sockets_fd,
             maps: Mutex::new(maps),
+            direct,
             logs: Mutex::new(logs),
             programs,
         };
@@ -189,7 +226,7 @@ impl Capture {
 
     /// Where an accepted connection was going. `None` when it was not captured: someone connected
     /// to the agent's port by hand, or the kernel could not note it; it must be refused.
-    pub fn original_dst(&self, accepted: impl AsFd) -> Result<Option<OriginalDst>, CaptureError> {
+    pub fn original_dst(&self, accepted: impl AsFd) -> Result<Option<Original>, CaptureError> {
         let state = match self.sockets.get(&accepted.as_fd().as_raw_fd(), 0) {
             Ok(state) => state,
             Err(MapError::KeyNotFound) => return Ok(None),
@@ -197,8 +234,14 @@ impl Capture {
         };
         let Ok(port) = u16::try_from(state.port) else { return Ok(None) };
         let is_accepted = state.role == SocketRole::Accepted as u32;
-        Ok(is_accepted
-            .then(|| OriginalDst::new((std::net::IpAddr::from(state.original), port).into())))
+        let to = OriginalDst::new((std::net::IpAddr::from(state.original), port).into());
+        let elsewhere = (state.verdict != 0).then_some(VerdictId(state.verdict));
+        Ok(is_accepted.then_some(Original { to, elsewhere }))
+    }
+
+    /// The kernel's admission of direct connections.
+    pub fn direct(&self) -> &Direct {
+        &self.direct
     }
 
     /// Captures a pod. From when this answers on, every new connection of the pod is captured;
@@ -233,6 +276,7 @@ impl Capture {
             return Ok(());
         }
         maps.change(|tables| tables.leave(cookie))?;
+        self.direct.close(cookie)?;
         self.pins.unlink_pod(cookie)?;
         let started = Instant::now();
         loop {
@@ -267,12 +311,8 @@ impl Capture {
     /// Keeps a socket of the agent from being captured. A pod cannot do this to its own sockets: it
     /// takes access to the map, not a mark.
     pub fn exempt(&self, socket: impl AsFd) -> Result<(), CaptureError> {
-        let state = SocketState {
-            role: SocketRole::Exempt as u32,
-            port: 0,
-            original: Address::UNSPECIFIED,
-            own: Address::UNSPECIFIED,
-        };
+        let none = Address::UNSPECIFIED;
+        let state = SocketState::new(SocketRole::Exempt, none, 0, none);
         // SAFETY: the map's keys are descriptors and its values are `SocketState`.
         unsafe { sys::map_update(self.sockets_fd.as_fd(), &socket.as_fd().as_raw_fd(), &state) }
             .map_err(|error| maps::failed(SOCKETS_MAP, MapError::IoError(error)))
@@ -330,6 +370,7 @@ impl Capture {
         }
         let mut object = self.loader.load(Some(cookie))?;
         maps.ensure_flows(&mut object, cookie)?;
+        self.direct.ensure(&mut object, cookie)?;
         let replaced = Programs::new(&mut object).replace_in_netns(SK_LOOKUP_PROGRAM, link.as_fd());
         match replaced {
             Err(CaptureError::Program { error, .. }) if is_severed(&error) => Ok(false),
@@ -351,6 +392,7 @@ impl Capture {
         if !self.pins.has_pod(cookie) {
             let mut object = self.loader.load(Some(cookie))?;
             maps.ensure_flows(&mut object, cookie)?;
+            self.direct.ensure(&mut object, cookie)?;
             // Addresses and exclusions first: the program looks at them from its first packet.
             maps.change(|tables| {
                 tables.enrol(cookie, spec);
@@ -359,14 +401,16 @@ impl Capture {
             let pin = self.pins.pod(cookie);
             Programs::new(&mut object).attach_to_netns(SK_LOOKUP_PROGRAM, netns, &pin)?;
         }
-        maps.change(|tables| tables.enrol(cookie, spec))
+        maps.change(|tables| tables.enrol(cookie, spec))?;
+        self.direct.forgive(cookie)
     }
 
     fn forget(&self, maps: &mut Maps, cookie: NetnsCookie) -> Result<(), CaptureError> {
         self.pins.unlink_pod(cookie)?;
         maps.change(|tables| tables.withdraw(cookie))?;
         maps.remove_listeners(cookie)?;
-        maps.remove_flows(cookie)
+        maps.remove_flows(cookie)?;
+        self.direct.close(cookie)
     }
 }
 

@@ -8,6 +8,7 @@ mod cgroup;
 mod environment;
 mod plane;
 mod proxy;
+mod same_node;
 mod settings;
 
 use std::fmt;
@@ -21,6 +22,7 @@ pub use cgroup::find_cgroup2;
 pub use plane::{
     AgentPod, CaSettings, ControlPlane, DnsSettings, Kept, Redirect, Roots, Token, XdsSettings,
 };
+pub use same_node::{SameNode, SameNodePath};
 pub(crate) use settings::{DEFAULT_ADMIN, DEFAULT_PIN_PATH};
 pub use settings::{Flags, Surroundings};
 
@@ -38,6 +40,7 @@ pub struct Config {
     pub cni: Option<PathBuf>,
     /// Who brings connections to the agent (`CULVERT_REDIRECT`).
     pub redirect: Redirect,
+    pub same_node: SameNode,
     /// `None` when names are not the agent's business (`ISTIO_META_DNS_CAPTURE`).
     pub dns: Option<DnsSettings>,
     /// Certificate revocation lists in PEM or DER (`CRL_PATH`).

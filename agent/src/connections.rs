@@ -69,6 +69,8 @@ pub enum Protocol {
     DoubleHbone,
     /// Between two pods of this node: as a tunnel to its ends, and on no wire.
     Local,
+    /// TCP from application to application, carried by the kernel.
+    Direct,
 }
 
 impl Protocol {
@@ -79,6 +81,7 @@ impl Protocol {
             Protocol::Hbone | Protocol::Local => "HBONE",
             Protocol::Tcp => "TCP",
             Protocol::DoubleHbone => "DOUBLEHBONE",
+            Protocol::Direct => "DIRECT",
         }
     }
 
@@ -86,7 +89,9 @@ impl Protocol {
     pub fn own_name(self) -> &'static str {
         match self {
             Protocol::Local => "LOCAL",
-            Protocol::Hbone | Protocol::Tcp | Protocol::DoubleHbone => self.name(),
+            Protocol::Hbone | Protocol::Tcp | Protocol::DoubleHbone | Protocol::Direct => {
+                self.name()
+            }
         }
     }
 }
@@ -164,7 +169,8 @@ pub struct Entry {
     live: LiveConnection,
     opened: Instant,
     permit: Mutex<Option<String>>,
-    reason: OnceLock<CloseReason>,
+    /// With when it came to be.
+    reason: OnceLock<(CloseReason, Instant)>,
     closing: Notify,
 }
 
@@ -190,7 +196,12 @@ impl Entry {
 
     /// Tells the connection to close. The first reason stays; gives whether it was this one.
     pub fn close(&self, reason: CloseReason) -> bool {
-        let first = self.reason.set(reason).is_ok();
+        self.close_since(reason, Instant::now())
+    }
+
+    /// The same for a reason that came to be before this.
+    pub fn close_since(&self, reason: CloseReason, since: Instant) -> bool {
+        let first = self.reason.set((reason, since)).is_ok();
         self.closing.notify_waiters();
         first
     }
@@ -215,7 +226,7 @@ impl Guard {
             tokio::pin!(closing);
             // Listen first, look then: a closing in between is not missed.
             closing.as_mut().enable();
-            if let Some(reason) = self.entry.reason.get() {
+            if let Some(reason) = self.close_reason() {
                 return reason.clone();
             }
             closing.await;
@@ -224,7 +235,12 @@ impl Guard {
 
     /// The reason if somebody has closed this connection.
     pub fn close_reason(&self) -> Option<&CloseReason> {
-        self.entry.reason.get()
+        self.entry.reason.get().map(|(reason, _)| reason)
+    }
+
+    /// How long ago that reason came to be.
+    pub fn overdue(&self) -> Option<Duration> {
+        self.entry.reason.get().map(|(_, since)| since.elapsed())
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 pub use culvert_core::admit::DialFrom;
 use rand::RngExt;
-use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 use tokio::time::timeout;
 
@@ -144,6 +144,27 @@ fn open_keeping(netns: &Netns, dst: SocketAddr, source: SocketAddr) -> io::Resul
     socket.set_reuse_address(true)?;
     socket.bind(&source.into())?;
     Ok(socket)
+}
+
+/// A listener at the near end of a connection to an application that [`dial_application`] opened
+/// from its client's IPv4 address; otherwise `None`. It answers for the connection once that is gone.
+///
+/// A reset that arrives out of turn is asked about (RFC 5961, section 3.2). The kernel answers with
+/// another reset, but without a transparent socket not from an IPv4 address that is not its own.
+pub fn stand_in(stream: &TcpStream) -> io::Result<Option<Socket>> {
+    let near = SockRef::from(stream);
+    if !near.ip_transparent_v4().unwrap_or_default() {
+        return Ok(None);
+    }
+    let netns = Netns::of_socket(stream).map_err(io::Error::other)?;
+    let socket = netns.run(|| Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)))??;
+    set_option(socket.as_fd(), libc::SOL_IP, libc::IP_TRANSPARENT, 1)?;
+    socket.bind_device(Some(b"lo"))?;
+    socket.set_mark(near.mark()?)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&near.local_addr()?)?;
+    socket.listen(0)?;
+    Ok(Some(socket))
 }
 
 /// As [`open`]. From its first moment on, the application reads a reset when the agent is killed.

@@ -16,8 +16,10 @@ pub mod recheck;
 
 pub mod accept;
 pub mod capture;
+pub mod direct;
 pub mod handover;
 pub mod node;
+pub mod packet;
 pub mod pods;
 pub mod session;
 

@@ -4,14 +4,14 @@ use std::collections::HashMap;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use culvert_core::admit::HeaderTo;
 use culvert_core::authorization::{Action, Connection};
 use culvert_core::authorize::{self, Denied, DryRun, Permit};
 use culvert_core::snapshot::{Change, Snapshot};
-use culvert_core::view::{Enrolled, Fetched, ResourceKey};
+use culvert_core::view::{Enrolled, Fetched, ResourceKey, Tunnelled};
 use culvert_core::workload::{PolicyKey, Workload};
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -20,6 +20,7 @@ use crate::ca::Certificates;
 use crate::capture::Redirection;
 use crate::config::Keepalive;
 use crate::connections::Connections;
+use crate::direct::Direct;
 use crate::dns::{Dns, OwnResolver};
 use crate::hbone;
 use crate::pods::{Claim, Pod};
@@ -39,6 +40,8 @@ pub struct Node {
     pub own: OnceLock<Arc<Pod>>,
     pub capture: Redirection,
     pub certificates: Arc<Certificates>,
+    /// What the kernel carries by itself; `None` where that is nothing.
+    pub direct: Option<Direct>,
     /// How pods are told names; `None` when they ask their servers themselves.
     pub dns: Option<Dns>,
     /// Looks up names as the agent itself; `None` without name servers.
@@ -176,6 +179,20 @@ pub fn denial(denied: &Denied) -> Denial {
 #[error("unknown local workload: {0}")]
 pub struct UnknownWorkload(String);
 
+/// What was published, and before what.
+#[derive(Clone, Copy)]
+pub struct Publication<'a> {
+    pub before: &'a Snapshot,
+    pub now: &'a Snapshot,
+    pub pods: &'a Arc<LocalPods>,
+    pub enrolled: &'a Arc<Enrolled>,
+    /// The pods are those of before, and each is the same workload.
+    pub same_pods: bool,
+}
+
+/// Told of a publication before whoever made it goes on.
+pub type Follower = Box<dyn Fn(&Publication<'_>) + Send + Sync>;
+
 /// The current snapshot and the enrolled pods; readers never wait.
 pub struct Mesh {
     snapshot: ArcSwap<Snapshot>,
@@ -183,6 +200,10 @@ pub struct Mesh {
     writing: Mutex<()>,
     pods: ArcSwap<Pods>,
     published: watch::Sender<u64>,
+    /// When the first publication was made that live connections have not been judged by.
+    unjudged: Mutex<Option<Instant>>,
+    follower: OnceLock<Follower>,
+    tunnelled: Arc<Tunnelled>,
 }
 
 /// The enrolled pods, each with the uid of its workload as far as that is known.
@@ -199,7 +220,11 @@ struct Pods {
 }
 
 impl Pods {
-    fn new(pods: impl IntoIterator<Item = Arc<Pod>>, snapshot: &Snapshot) -> Self {
+    fn new(
+        pods: impl IntoIterator<Item = Arc<Pod>>,
+        snapshot: &Snapshot,
+        tunnelled: &Arc<Tunnelled>,
+    ) -> Self {
         let workload = |pod: &Pod| match &pod.claim {
             Claim::Uid(uid) => Some(uid.clone()),
             claim @ Claim::Named(_) => claim.find(snapshot).map(|workload| workload.uid.clone()),
@@ -213,7 +238,8 @@ impl Pods {
             .collect();
         let known = all.iter().filter_map(|(pod, uid)| Some((uid.clone()?, pod.clone())));
         let by_workload: HashMap<_, _> = known.collect();
-        let enrolled = Arc::new(by_workload.keys().cloned().collect());
+        let enrolled: Enrolled = by_workload.keys().cloned().collect();
+        let enrolled = Arc::new(enrolled.tunnelled(tunnelled.clone()));
         let named_on = all.iter().find_map(|(pod, _)| match &pod.claim {
             Claim::Named(name) => Some(name.node.clone()),
             Claim::Uid(_) => None,
@@ -241,7 +267,22 @@ impl Mesh {
             writing: Mutex::new(()),
             pods: ArcSwap::from_pointee(Pods::default()),
             published: watch::Sender::new(0),
+            unjudged: Mutex::default(),
+            follower: OnceLock::new(),
+            tunnelled: Arc::default(),
         }
+    }
+
+    /// The same, where these are encrypted within the node, too.
+    pub fn tunnelling(self, tunnelled: Tunnelled) -> Self {
+        Self { tunnelled: Arc::new(tunnelled), ..self }
+    }
+
+    /// Tells `follower` of each publication from now on, one after the other, while it can be seen
+    /// already. There is one at most; a second one is not told.
+    pub fn follow(&self, follower: Follower) {
+        let _one_writer = self.writing.lock();
+        let _first = self.follower.set(follower);
     }
 
     pub fn snapshot(&self) -> Arc<Snapshot> {
@@ -276,17 +317,33 @@ impl Mesh {
         self.snapshot.store(next.clone());
         if concerned {
             let all = pods.all.iter().map(|(pod, _)| pod.clone());
-            self.pods.store(Arc::new(Pods::new(all, &next)));
+            self.pods.store(Arc::new(Pods::new(all, &next, &self.tunnelled)));
         }
-        self.published.send_modify(|count| *count += 1);
+        self.tell(&before, &next, !concerned);
         (before, next)
     }
 
     /// Makes `pods` the enrolled ones.
     pub fn set_pods(&self, pods: impl IntoIterator<Item = Arc<Pod>>) {
         let _one_writer = self.writing.lock();
-        self.pods.store(Arc::new(Pods::new(pods, &self.snapshot())));
+        let now = self.snapshot();
+        self.pods.store(Arc::new(Pods::new(pods, &now, &self.tunnelled)));
+        self.tell(&now, &now, false);
+    }
+
+    fn tell(&self, before: &Snapshot, now: &Snapshot, same_pods: bool) {
+        self.unjudged.lock().get_or_insert_with(Instant::now);
+        if let Some(follower) = self.follower.get() {
+            let Pods { all, enrolled, .. } = &**self.pods.load();
+            follower(&Publication { before, now, pods: all, enrolled, same_pods });
+        }
         self.published.send_modify(|count| *count += 1);
+    }
+
+    /// When the first publication was made since this was asked last, or now if there was none. Asked
+    /// by whoever judges live connections, before it looks at what is published.
+    pub fn judging(&self) -> Instant {
+        self.unjudged.lock().take().unwrap_or_else(Instant::now)
     }
 
     /// Sees each publication after this call.

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use culvert_core::addr::{ClientAddr, OriginalDst};
 use culvert_core::route::{self, NoRoute, Outbound, Route, Routed};
 use culvert_core::service::Service;
+use culvert_core::verdict;
 use culvert_core::workload::Workload;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::accept::{accept_until, ended, reset, tune};
+use crate::capture::{Original, VerdictId};
 use crate::decide::decide_for;
 use crate::drain::DrainWatch;
 use crate::node::Node;
@@ -59,7 +61,7 @@ async fn carry(
     };
     tune(&tcp, node.keepalive);
     let own = tcp.local_addr().unwrap_or(peer);
-    let original = match node.capture.outbound_dst(&tcp) {
+    let Original { to: original, elsewhere } = match node.capture.outbound_dst(&tcp) {
         Ok(original) => original,
         Err(error) => return failed(tcp, peer, own, &error),
     };
@@ -71,7 +73,7 @@ async fn carry(
     // One seed for all rounds of the decision, so that it draws the endpoint that it asked about.
     let seed = rand::rng().random();
     let request = Outbound { source: &source, client: client.ip(), destination: original };
-    let (routed, server) = match choose(node, &request, seed).await {
+    let (routed, server) = match choose(node, &request, elsewhere, seed).await {
         Ok(chosen) => chosen,
         Err(error) => return failed(tcp, client.addr(), original.addr(), &*error),
     };
@@ -96,16 +98,28 @@ const CHOICES: usize = 4;
 
 /// The route, and the destination's pod if that is of this node. A pod may be withdrawn between the
 /// two; then another route holds for its workload.
+///
+/// Where the kernel has drawn that a connection goes to none of the endpoints of a verdict, it is one
+/// of the others.
 async fn choose(
     node: &Node,
     request: &Outbound<'_>,
+    elsewhere: Option<VerdictId>,
     seed: u64,
 ) -> Result<(Routed, Option<Arc<Pod>>), Box<NoRoute>> {
+    let drawn = node.direct.as_ref().and_then(|direct| direct.verdict(elsewhere?));
     let mut choices = 0;
     loop {
         choices += 1;
         let decided = decide_for(node, request.source, |view| {
-            route::route(view, request, &mut SmallRng::seed_from_u64(seed))
+            let random = &mut SmallRng::seed_from_u64(seed);
+            match &drawn {
+                Some(drawn) => {
+                    let carried = |uid: &str| drawn.verdict.carries(uid);
+                    verdict::route_elsewhere(view, request, carried, random)
+                }
+                None => route::route(view, request, random),
+            }
         });
         let routed = decided.await.map_err(Box::new)?;
         let Route::Local { workload, .. } = &routed.route else { return Ok((routed, None)) };

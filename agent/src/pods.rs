@@ -118,6 +118,11 @@ impl Pod {
         self.closed.cancelled().await;
     }
 
+    /// Cancelled when [`Pod::end`] is called. It does not keep the pod.
+    pub fn ending(&self) -> CancellationToken {
+        self.gone.clone()
+    }
+
     /// Ready when [`Pod::end`] was called.
     pub async fn is_gone(&self) {
         self.gone.cancelled().await;

@@ -1,6 +1,7 @@
 //! Policies changed: are the live connections still permitted?
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use culvert_core::authorize::{authorize, judges_alike};
 use culvert_core::snapshot::Snapshot;
@@ -18,6 +19,7 @@ pub async fn recheck(node: Arc<Node>) {
     let mut judged = node.mesh.snapshot();
     let mut known = node.mesh.pods();
     while changes.changed().await.is_ok() {
+        let since = node.mesh.judging();
         let (current, pods) = (node.mesh.snapshot(), node.mesh.pods());
         let same_pods = Arc::ptr_eq(&known, &pods);
         if Arc::ptr_eq(&judged, &current) && same_pods {
@@ -28,7 +30,7 @@ pub async fn recheck(node: Arc<Node>) {
             let is_same = same_pods || is_among(&known, uid, workload);
             if !is_same || !judges_alike(&judged, &current, workload) {
                 for entry in node.connections.inbound_of(uid) {
-                    judge(&current, workload, &entry);
+                    judge(&current, workload, &entry, since);
                 }
             }
         }
@@ -37,7 +39,7 @@ pub async fn recheck(node: Arc<Node>) {
             && !judges_alike(&judged, &current, &local.uid)
         {
             for entry in node.connections.inbound_of(&own.uid) {
-                judge(&current, &local.uid, &entry);
+                judge(&current, &local.uid, &entry, since);
             }
         }
         (judged, known) = (current, pods);
@@ -50,7 +52,7 @@ fn is_among(known: &LocalPods, uid: &str, workload: &str) -> bool {
 }
 
 /// A workload that is no longer known is being withdrawn: its connections run to their own end.
-fn judge(snapshot: &Snapshot, workload: &str, entry: &Entry) {
+fn judge(snapshot: &Snapshot, workload: &str, entry: &Entry, since: Instant) {
     let live = entry.live();
     let (Some(connection), Some(local)) = (&live.connection, snapshot.workload(workload)) else {
         return;
@@ -60,7 +62,7 @@ fn judge(snapshot: &Snapshot, workload: &str, entry: &Entry) {
         Err(denied) => {
             tracing::debug!(src = %live.src, %denied, "live connection is no longer permitted");
             let (policy, rule) = (denied.policy().cloned(), denied.rule());
-            entry.close(CloseReason::PolicyChange { policy, rule });
+            entry.close_since(CloseReason::PolicyChange { policy, rule }, since);
         }
     }
 }

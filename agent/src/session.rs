@@ -84,6 +84,15 @@ pub fn outcome(relayed: Result<(), RelayError<CloseReason>>) -> Result<(), Failu
     }
 }
 
+/// What the source tells of a failure: a policy is the destination's and counts there, and the source
+/// saw a connection that broke.
+pub fn as_source(failure: Failure) -> Failure {
+    match failure.denial {
+        Some(_) => Failure::new(ResponseFlag::Connect, failure.error),
+        None => failure,
+    }
+}
+
 impl Counters for ByteCounters {
     fn received(&self, bytes: u64) {
         self.add_received(bytes);

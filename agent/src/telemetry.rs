@@ -12,12 +12,14 @@ mod open;
 mod process;
 mod readings;
 mod series;
+mod transport;
 mod xds;
 
 use std::fmt;
 use std::fmt::Display;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use culvert_core::authorization::Action;
 use culvert_core::workload::{PolicyKey, Workload};
@@ -35,15 +37,17 @@ pub use context::{
 pub use dns::{DnsMetrics, DnsSource};
 pub use open::OpenConnection;
 pub use readings::{
-    CertificateReading, IdentityReading, KernelReading, SourceReading, TunnelReading,
+    CertificateReading, DirectReading, IdentityReading, KernelReading, SourceReading, TunnelReading,
 };
 pub use series::ByteCounters;
+pub use transport::TransportFacts;
 pub use xds::{Termination, XdsMetrics, XdsReading};
 
 use encode::BoundedCounters;
 use labels::OnDemandDnsLabels;
 use readings::{DroppedLines, Reading, Readings};
 use series::SeriesStore;
+use transport::TransportMetrics;
 
 /// All metrics of one agent. Cloning copies a pointer.
 #[derive(Clone, Debug)]
@@ -64,6 +68,7 @@ struct Inner {
     dry_run: Arc<BoundedCounters<DryRunEvaluation>>,
     on_demand_dns: Arc<BoundedCounters<OnDemandDnsLabels>>,
     dns: DnsMetrics,
+    transport: TransportMetrics,
     rejudged: Counter,
     crl_rejected: Family<[(&'static str, &'static str); 1], Counter>,
     crl_untracked: Family<[(&'static str, &'static str); 1], Counter>,
@@ -162,6 +167,7 @@ impl Telemetry {
                 ),
             ),
             dns: DnsMetrics::new(&mut registry),
+            transport: TransportMetrics::new(&mut registry),
             rejudged: Counter::default(),
             crl_rejected: Family::default(),
             crl_untracked: Family::default(),
@@ -213,6 +219,17 @@ impl Telemetry {
         &self.0.dns
     }
 
+    /// Notes what the kernel measured of a connection that it carried.
+    pub fn transport(&self, context: &ConnectionContext, facts: &TransportFacts) {
+        self.0.transport.observe(context, facts);
+    }
+
+    /// Notes how long a connection that the kernel carried went on after a publication that no longer
+    /// permits it.
+    pub fn revoked(&self, after: Duration) {
+        self.0.transport.revoked(after);
+    }
+
     /// Counts the evaluation of a policy that is in dry run.
     pub fn dry_run(&self, evaluation: DryRunEvaluation) {
         self.0.dry_run.increase(&evaluation);
@@ -249,6 +266,11 @@ impl Telemetry {
 
     /// Adds the kernel programs' counts, read at each scrape.
     pub fn watch_kernel(&self, read: impl Fn() -> KernelReading + Send + Sync + 'static) {
+        self.watch(read);
+    }
+
+    /// Adds what the kernel admits by itself, read at each scrape.
+    pub fn watch_direct(&self, read: impl Fn() -> DirectReading + Send + Sync + 'static) {
         self.watch(read);
     }
 

@@ -8,7 +8,6 @@
 //! pods go on being served, and the next connection's snapshot sets right what is wrong. The peer
 //! program ends itself in some of these cases, which cuts every connection of the node.
 
-mod packet;
 mod protocol;
 
 use std::future::Future;
@@ -20,11 +19,12 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_seqpacket::UnixSeqpacket;
 
-pub use packet::Packet;
 pub use protocol::{Conversation, Fault, Loss, Order, PodInfo};
 
-use packet::PacketError;
+use crate::packet::{Packet, PacketError};
 
+/// The longest message of the protocol.
+const MAX_BYTES: usize = 1024;
 /// The first pause before another attempt to connect; each further one is twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
@@ -135,8 +135,9 @@ impl Session<'_> {
         tracing::info!("connected to istio-cni");
         let mut conversation = Conversation::default();
         loop {
-            let order = match Packet::receive(socket).await {
-                Ok(packet) => packet.and_then(|packet| conversation.hear(packet)),
+            let order = match Packet::receive(socket, MAX_BYTES).await {
+                Ok(packet) => conversation.hear(packet),
+                Err(PacketError::Cut) => Err(Fault::Truncated),
                 Err(PacketError::Closed) => return Err(End::Closed),
                 Err(PacketError::Io(error)) => return Err(End::Broken(error)),
             };

@@ -144,37 +144,55 @@ impl Counters for Received {
     fn sent(&self, _: u64) {}
 }
 
+const LOST: &[u8] = &[7; 200];
+
+/// What an application reads of a relayed connection that its client resets after saying `LOST`.
+/// Before that, `lose` may disturb the pod.
+async fn read_to_reset(pod: &Pod, own: IpAddr, from: &str, lose: impl Fn(&Pod)) -> Vec<u8> {
+    let application = pod.application(8080);
+    let from = DialFrom::Client(from.parse().unwrap());
+    let dialled = dial_application(&pod.netns, SocketAddr::new(own, 8080), from);
+    let server = dialled.await.unwrap();
+    let mut accepted = accept(&application);
+    let near = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut client = TcpStream::connect(near.local_addr().unwrap()).unwrap();
+    let downstream = accept(&near);
+    downstream.set_nonblocking(true).unwrap();
+    let downstream = tokio::net::TcpStream::from_std(downstream).unwrap();
+    let received = Arc::<Received>::default();
+    let (counts, closing) = (received.clone(), std::future::pending::<&str>());
+    let relay = tokio::spawn(async move { tcp_tcp(downstream, server, &*counts, closing).await });
+    talk(&mut client, &mut accepted);
+    lose(pod);
+    client.write_all(LOST).unwrap();
+    eventually("the bytes are passed on", || {
+        received.0.load(Ordering::Relaxed) == (5 + LOST.len()) as u64
+    });
+    socket2::SockRef::from(&client).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+    drop(client);
+    let mut got = Vec::new();
+    let end = accepted.read_to_end(&mut got).unwrap_err();
+    assert_eq!(end.kind(), ErrorKind::ConnectionReset, "{own}");
+    assert!(matches!(relay.await.unwrap(), Err(RelayError::Client(_))));
+    got
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_reset_does_not_overtake_what_was_lost_on_the_way_to_the_application() {
-    const LOST: &[u8] = &[7; 200];
-    let mesh = Mesh::new();
-    let application = mesh.pod.application(8080);
-    for (own, from) in [(mesh.pod.v4, "10.99.1.2"), (mesh.pod.v6, "fd99::12")] {
-        let from = DialFrom::Client(from.parse().unwrap());
-        let dialled = dial_application(&mesh.pod.netns, SocketAddr::new(own, 8080), from);
-        let server = dialled.await.unwrap();
-        let mut accepted = accept(&application);
-        let near = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut client = TcpStream::connect(near.local_addr().unwrap()).unwrap();
-        let downstream = accept(&near);
-        downstream.set_nonblocking(true).unwrap();
-        let downstream = tokio::net::TcpStream::from_std(downstream).unwrap();
-        let received = Arc::<Received>::default();
-        let (counts, closing) = (received.clone(), std::future::pending::<&str>());
-        let relay =
-            tokio::spawn(async move { tcp_tcp(downstream, server, &*counts, closing).await });
-        talk(&mut client, &mut accepted);
-        mesh.pod.lose_one_segment(8080, LOST.len());
-        client.write_all(LOST).unwrap();
-        eventually("the bytes are passed on", || {
-            received.0.load(Ordering::Relaxed) == (5 + LOST.len()) as u64
-        });
-        socket2::SockRef::from(&client).set_linger(Some(std::time::Duration::ZERO)).unwrap();
-        drop(client);
-        let mut got = Vec::new();
-        let end = accepted.read_to_end(&mut got).unwrap_err();
-        assert_eq!((got.as_slice(), end.kind()), (LOST, ErrorKind::ConnectionReset), "{own}");
-        assert!(matches!(relay.await.unwrap(), Err(RelayError::Client(_))));
+    let Mesh { pod, .. } = &Mesh::new();
+    for (own, from) in [(pod.v4, "10.99.1.2"), (pod.v6, "fd99::12")] {
+        let got = read_to_reset(pod, own, from, |pod| pod.lose_one_segment(8080, LOST.len())).await;
+        assert_eq!(got, LOST, "{own}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_reset_arrives_where_what_was_said_before_it_never_does() {
+    let Mesh { pod, .. } = &Mesh::new();
+    for (own, from) in [(pod.v4, "10.99.1.2"), (pod.v6, "fd99::12")] {
+        let got =
+            read_to_reset(pod, own, from, |pod| pod.lose_all_segments(8080, LOST.len())).await;
+        assert_eq!(got, b"", "{own}");
     }
 }
 

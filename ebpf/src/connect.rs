@@ -14,6 +14,7 @@ use culvert_abi::{
 
 use crate::context::{self, read};
 use crate::counts::count;
+use crate::direct::{Choice, Socket};
 use crate::maps::{ADDRESSES, EXCLUDED_NETS, EXCLUDED_PORTS, HAVE_MPTCP, HAVE_SET_RETVAL, PODS};
 use crate::socket;
 
@@ -29,6 +30,8 @@ pub enum Connect {
     Refused,
     /// It goes to this port of the agent instead.
     Captured(Target, u16),
+    /// It goes straight to this pod of the node.
+    Direct(Address, u16),
 }
 
 /// Where in the pod the agent is connected to.
@@ -71,6 +74,7 @@ pub fn connect(ctx: &SockAddrContext, destination: Address) -> Connect {
         return Connect::Untouched;
     }
     let asks = asks(pod, port);
+    let socket = Socket { ctx, netns, pod, sk };
     // SAFETY: `sk` is the context's, and not null.
     let before = unsafe { socket::state(sk.cast()) };
     if let Some(before) = before {
@@ -82,7 +86,12 @@ pub fn connect(ctx: &SockAddrContext, destination: Address) -> Connect {
         // The same socket may have been captured on its way elsewhere (it was disconnected with
         // AF_UNSPEC, or the attempt failed).
         // SAFETY: as above; the value belongs to this socket.
-        unsafe { (*before).role = SocketRole::Plain as u32 };
+        unsafe {
+            if socket::is(before, SocketRole::Direct) {
+                socket.unmark();
+            }
+            (*before).role = SocketRole::Plain as u32;
+        }
     }
     if !is_tcp && !asks {
         return Connect::Untouched;
@@ -95,8 +104,14 @@ pub fn connect(ctx: &SockAddrContext, destination: Address) -> Connect {
         debug!(ctx, "netns {}: no address to reach {:i} port {} from", netns, destination.ip, port);
         return refuse_unreachable();
     }
-    let role = SocketRole::Captured as u32;
-    let mut state = SocketState { role, port, original: destination, own };
+    let mut state = SocketState::new(SocketRole::Captured, destination, port, own);
+    if !asks {
+        match socket.choose(destination, port) {
+            Choice::Agent => {}
+            Choice::Elsewhere(verdict) => state.verdict = verdict,
+            Choice::Straight(mut state) => return socket.go(&mut state),
+        }
+    }
     // SAFETY: `sk` is the context's, and not null.
     if !unsafe { socket::note(sk.cast(), &mut state) } {
         return Connect::Refused;
@@ -160,8 +175,7 @@ pub fn send(ctx: &SockAddrContext, destination: Address) -> Connect {
     }
     // What the socket is connected to stays its peer.
     if !is_connected {
-        let role = SocketRole::Asking as u32;
-        let mut state = SocketState { role, port, original: destination, own };
+        let mut state = SocketState::new(SocketRole::Asking, destination, port, own);
         // SAFETY: `sk` is the context's, and not null.
         if !unsafe { socket::note(sk.cast(), &mut state) } {
             return Connect::Refused;

@@ -22,5 +22,13 @@ pub fn cv_connect6(ctx: SockAddrContext) -> i32 {
             }
             1
         }
+        Connect::Direct(backend, port) => {
+            // SAFETY: as above.
+            unsafe {
+                context::set_words6(addr, backend.words());
+                context::set_port(addr, port);
+            }
+            1
+        }
     }
 }

@@ -1,8 +1,8 @@
-//! Tells an application with an IPv4 socket the destination it connected to, not the agent.
+//! Tells an application with an IPv4 socket the destination it connected to, not the agent
+//! or the backend of a service.
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use culvert_abi::SocketRole;
 
 use crate::{context, socket};
 
@@ -13,11 +13,11 @@ pub fn cv_getpeername4(ctx: SockAddrContext) -> i32 {
     // SAFETY: `addr` is the context, this program is for IPv4, and the state is the socket's own.
     unsafe {
         let sk = (*addr).__bindgen_anon_1.sk;
-        if sk.is_null() || !context::is_agents(context::port(addr)) {
+        if sk.is_null() {
             return 1;
         }
         if let Some(state) = socket::state(sk.cast())
-            && socket::is(state, SocketRole::Captured)
+            && socket::leads_elsewhere(state, context::address4(addr), context::port(addr))
         {
             context::set_words4(addr, (*state).original.words());
             context::set_port(addr, (*state).port as u16);

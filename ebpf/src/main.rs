@@ -16,6 +16,7 @@
 
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod context;
 mod counts;
@@ -23,6 +24,7 @@ mod maps;
 mod socket;
 
 mod connect;
+mod direct;
 
 mod connect4;
 mod connect6;

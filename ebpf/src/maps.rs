@@ -2,8 +2,13 @@
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::btf_maps::{Array, HashMap, HashOfMaps, LpmTrie, PerCpuArray, SkStorage, SockHash};
+use aya_ebpf::btf_maps::{
+    Array, HashMap, HashOfMaps, LpmTrie, PerCpuArray, RingBuf, SkStorage, SockHash,
+};
 use aya_ebpf::macros::btf_map;
+use culvert_abi::direct::{
+    Agent, DirectCounts, DirectFlow, DirectKey, EVENTS_SIZE, FlowEvent, Live, Verdict, VerdictKey,
+};
 use culvert_abi::{
     Abi, Address, Counts, ExcludedNet, ExcludedPort, Flow, FlowKey, ListenerKey, MAX_FLOWS_PER_POD,
     MAX_PROBES, Pod, Probe, SocketState,
@@ -13,6 +18,8 @@ use culvert_abi::{
 type SparseMap<K, V, const MAX: usize> = HashMap<K, V, MAX, { BPF_F_NO_PREALLOC as usize }>;
 /// One pod's flows; see [`FLOWS`].
 type Flows = SparseMap<FlowKey, Flow, MAX_FLOWS_PER_POD>;
+/// One pod's direct connections; see [`DIRECT`].
+pub type DirectFlows = SparseMap<DirectKey, DirectFlow, 1>;
 
 // The sizes that depend on the number of pods are set by the agent; those here are for one pod.
 
@@ -52,6 +59,28 @@ pub static LISTENERS: SockHash<ListenerKey, 3> = SockHash::new();
 #[btf_map(name = "cv_counts")]
 pub static COUNTS: PerCpuArray<Counts, 1> = PerCpuArray::new();
 
+#[btf_map(name = "cv_verdicts")]
+pub static VERDICTS: SparseMap<VerdictKey, Verdict, 1> = HashMap::new();
+
+/// Each pod has a table of its own, as with [`POD_FLOWS`].
+#[btf_map(name = "cv_pod_direct")]
+pub static POD_DIRECT: HashOfMaps<u64, DirectFlows, 1> = HashOfMaps::new();
+
+#[btf_map(name = "cv_direct")]
+static DIRECT: DirectFlows = HashMap::new();
+
+#[btf_map(name = "cv_direct_live")]
+pub static LIVE: SparseMap<u64, Live, 1> = HashMap::new();
+
+#[btf_map(name = "cv_agent")]
+pub static AGENT: Array<Agent, 1> = Array::new();
+
+#[btf_map(name = "cv_events")]
+pub static EVENTS: RingBuf<FlowEvent, EVENTS_SIZE> = RingBuf::new();
+
+#[btf_map(name = "cv_direct_count")]
+pub static DIRECT_COUNTS: PerCpuArray<DirectCounts, 1> = PerCpuArray::new();
+
 #[unsafe(no_mangle)]
 pub static NODE_NETNS: Global<u64> = Global::new(0);
 
@@ -63,3 +92,6 @@ pub static HAVE_SET_RETVAL: Global<u8> = Global::new(0);
 
 #[unsafe(no_mangle)]
 pub static HAVE_MPTCP: Global<u8> = Global::new(0);
+
+#[unsafe(no_mangle)]
+pub static DIRECT_ROOM: Global<u32> = Global::new(0);

@@ -13,7 +13,7 @@ pub fn cv_sendmsg4(ctx: SockAddrContext) -> i32 {
     // SAFETY: `addr` is the context, and this program is for IPv4.
     match send(&ctx, unsafe { context::address4(addr) }) {
         Connect::Untouched => 1,
-        Connect::Refused => 0,
+        Connect::Refused | Connect::Direct(..) => 0,
         Connect::Captured(target, port) => {
             // SAFETY: as above.
             unsafe {

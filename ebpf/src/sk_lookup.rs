@@ -14,6 +14,7 @@ use culvert_abi::{
 
 use crate::context::{Ends, TCP, lookup_ends, read};
 use crate::counts::count;
+use crate::direct::{Arriving, arriving};
 use crate::maps::{ADDRESSES, EXCLUDED_PORTS, LISTENERS, POD_NETNS, PODS, PROBES};
 
 /// The interface index of `lo`, in every network namespace.
@@ -103,6 +104,12 @@ fn from_outside(ctx: &SkLookupContext, netns: u64, ends: &Ends) -> u32 {
             count(|counts| &mut counts.inbound_hbone);
         }
         return assigned;
+    }
+    match arriving(netns, ends) {
+        Arriving::Unknown => {}
+        Arriving::Admitted => return SK_PASS,
+        // The agent knows whose it is, and judges it.
+        Arriving::Retracted => return lead(ctx, netns, port, Listener::Plaintext),
     }
     if beside_cni && ends.remote.is_node_probe() {
         debug!(ctx, "netns {}: port {} from the node itself", netns, port);

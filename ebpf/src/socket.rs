@@ -7,6 +7,7 @@ use aya_ebpf::bindings::BPF_SK_STORAGE_GET_F_CREATE;
 use aya_ebpf::helpers::generated::bpf_sk_storage_get;
 use culvert_abi::{Address, SocketRole, SocketState};
 
+use crate::context;
 use crate::maps::SOCKETS;
 
 /// The library's own accessor takes only the context of a socket address program.
@@ -53,6 +54,22 @@ pub unsafe fn note(sk: *mut c_void, state: &mut SocketState) -> bool {
 pub unsafe fn is(state: *const SocketState, role: SocketRole) -> bool {
     // SAFETY: by this function's contract.
     unsafe { (*state).role == role as u32 }
+}
+
+/// Whether what a socket is connected to is not what its application connected to.
+///
+/// # Safety
+/// `state` was returned by [`state`].
+#[inline(always)]
+pub unsafe fn leads_elsewhere(state: *const SocketState, peer: Address, port: u32) -> bool {
+    // SAFETY: by this function's contract.
+    unsafe {
+        let captured = is(state, SocketRole::Captured) && context::is_agents(port);
+        let direct = is(state, SocketRole::Direct)
+            && (*state).backend_port == port
+            && (*state).backend == peer;
+        captured || direct
+    }
 }
 
 /// Whether a datagram from this address answers what the socket asked a DNS server. Only this host

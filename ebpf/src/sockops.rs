@@ -6,9 +6,10 @@
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
-    BPF_ANY, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
-    BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_SYN_SENT,
-    bpf_sock, bpf_sock_ops,
+    BPF_ANY, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
+    BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
+    BPF_SOCK_OPS_WRITE_HDR_OPT_CB, BPF_TCP_CLOSE, BPF_TCP_FIN_WAIT2, BPF_TCP_SYN_SENT, bpf_sock,
+    bpf_sock_ops,
 };
 use aya_ebpf::helpers::generated::{
     bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sock_ops_cb_flags_set,
@@ -21,7 +22,7 @@ use culvert_abi::{Flow, FlowKey, OUTBOUND_PORT, Probe, SocketRole, SocketState};
 use crate::context::{Ends, read, socket_ends};
 use crate::counts::count;
 use crate::maps::{ADDRESSES, NODE_NETNS, POD_FLOWS, PROBES};
-use crate::socket;
+use crate::{direct, socket};
 
 /// `BPF_CGROUP_SOCK_OPS`, with the namespace's cookie (Linux 5.15). It is called some sixteen times
 /// per connection and returns at once for all but three of them. Always 1, and never with a reply:
@@ -34,6 +35,8 @@ pub fn cv_sockops(ctx: SockOpsContext) -> u32 {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(&ctx),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(&ctx),
         BPF_SOCK_OPS_STATE_CB => changed(&ctx),
+        BPF_SOCK_OPS_HDR_OPT_LEN_CB => direct::reserve_option(&ctx),
+        BPF_SOCK_OPS_WRITE_HDR_OPT_CB => direct::write_option(&ctx),
         _ => {}
     }
     1
@@ -64,14 +67,14 @@ fn connecting(ctx: &SockOpsContext) {
     if netns == NODE_NETNS.load() {
         return probing(ctx, sk, &ends);
     }
-    if ends.remote_port != OUTBOUND_PORT as u32 {
-        return;
-    }
     // SAFETY: `sk` is the context's, and not null.
     let Some(state) = (unsafe { socket::state(sk.cast()) }) else { return };
     // SAFETY: returned by `state`.
     let state = unsafe { &*state };
-    if state.role != SocketRole::Captured as u32 {
+    if state.role == SocketRole::Direct as u32 {
+        return direct::connecting(ctx, netns, state, &ends);
+    }
+    if state.role != SocketRole::Captured as u32 || ends.remote_port != OUTBOUND_PORT as u32 {
         return;
     }
     // SAFETY: the inner map is only used while this program runs.
@@ -79,7 +82,8 @@ fn connecting(ctx: &SockOpsContext) {
     // SAFETY: the helper takes this context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     let key = flow_key(&ends);
-    let flow = Flow { socket: cookie, original: state.original, port: state.port, reserved: 0 };
+    let (original, port, verdict) = (state.original, state.port, state.verdict);
+    let flow = Flow { socket: cookie, original, port, reserved: 0, verdict };
     if flows.insert(key, flow, BPF_ANY.into()).is_err() {
         debug!(ctx, "netns {}: too many connections on their way to the agent", netns);
         count(|counts| &mut counts.refused_full);
@@ -138,9 +142,8 @@ fn accepted(ctx: &SockOpsContext) {
         count(|counts| &mut counts.missing);
         return;
     };
-    let role = SocketRole::Accepted as u32;
-    let own = ends.local;
-    let mut state = SocketState { role, port: flow.port, original: flow.original, own };
+    let mut state = SocketState::new(SocketRole::Accepted, flow.original, flow.port, ends.local);
+    state.verdict = flow.verdict;
     let sk = sock(ctx.ops);
     if sk.is_null() {
         return;
@@ -158,7 +161,7 @@ fn changed(ctx: &SockOpsContext) {
     // SAFETY: `ops` is the context; this callback has two arguments.
     let (old, new) =
         unsafe { (read!((*ops).__bindgen_anon_1.args[0]), read!((*ops).__bindgen_anon_1.args[1])) };
-    if old != BPF_TCP_SYN_SENT && new != BPF_TCP_CLOSE {
+    if old != BPF_TCP_SYN_SENT && new != BPF_TCP_CLOSE && new != BPF_TCP_FIN_WAIT2 {
         return;
     }
     let netns = netns(ctx);
@@ -169,6 +172,16 @@ fn changed(ctx: &SockOpsContext) {
             let _ = PROBES.remove(probe(&ends));
         }
         return;
+    }
+    let sk = sock(ops);
+    if sk.is_null() {
+        return;
+    }
+    // SAFETY: `sk` is the context's, and not null.
+    let Some(state) = (unsafe { socket::state(sk.cast()) }) else { return };
+    // SAFETY: returned by `state`.
+    if unsafe { socket::is(state, SocketRole::Direct) } {
+        return direct::changed(ctx, netns, &ends, old, new);
     }
     // The agent's end may become complete after the client's, even after the client has closed. The
     // flow is left over only when the client is gone altogether.

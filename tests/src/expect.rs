@@ -37,7 +37,9 @@ pub fn is_reset(mut stream: &TcpStream) -> Result<()> {
 }
 
 fn is_cut(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionRefused)
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    // Aborted is what the kernel destroys by itself (`SOCK_DESTROY`).
+    matches!(error.kind(), ConnectionReset | ConnectionRefused | ConnectionAborted)
 }
 
 /// Waits for a line of the agent's log that holds each of `parts`, and gives it.

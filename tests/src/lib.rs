@@ -7,6 +7,7 @@
 pub mod cluster;
 pub mod cni;
 pub mod control;
+pub mod direct;
 pub mod figures;
 pub mod load;
 pub mod names;

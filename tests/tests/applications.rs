@@ -1,5 +1,5 @@
-//! Every row of `docs/applications.md`, as applications see it: without Culvert, on one node, and
-//! across nodes.
+//! Every row of `docs/applications.md`, as applications see it: without Culvert, on one node through
+//! the agent and through the kernel, and across nodes.
 //!
 //! `APPLICATIONS=name,name` picks rows.
 
@@ -41,6 +41,14 @@ fn plain_path() {
 #[test]
 fn same_node() {
     run(Path::Same);
+}
+
+#[test]
+fn same_node_carried_by_the_kernel() {
+    // Packet rules leave nothing to the kernel.
+    if !culvert_tests::is_by_rules() {
+        run(Path::Direct);
+    }
 }
 
 #[test]

@@ -12,6 +12,8 @@ use culvert_lab::agent::{Agent, AgentOptions};
 use culvert_lab::mesh::{PodSpec, Running};
 use culvert_lab::wait;
 use culvert_lab::wire::Ledger;
+use culvert_tests::direct::through_agent;
+use culvert_tests::expect::logged;
 use culvert_tests::figures::{self, Figures};
 use culvert_tests::load::{Load, TEXT};
 use culvert_tests::{LIMIT, binary, call, connect, echo, serve};
@@ -158,7 +160,9 @@ fn killed_agent_of_the_server_refuses_and_lets_nothing_in() {
 #[test]
 fn killed_agent_refuses_between_pods_of_its_node_and_carries_on_afterwards() {
     let mesh = two_nodes();
-    let mut a = mesh.agent("a", &binary()).unwrap();
+    // What the kernel carries goes on without an agent, for a while.
+    let options = through_agent(&mesh);
+    let mut a = mesh.agent_with("a", &options).unwrap();
     let load = Load::start(&mesh, "client", &both(&mesh, "near"), 2);
     load.wait_answered(100).unwrap();
     let start = Figures::of(&a).unwrap();
@@ -172,7 +176,7 @@ fn killed_agent_refuses_between_pods_of_its_node_and_carries_on_afterwards() {
     }
     load.wait("refusals", |tally| tally.refused >= 50).unwrap();
 
-    let a = mesh.agent("a", &binary()).unwrap();
+    let a = mesh.agent_with("a", &options).unwrap();
     load.wait_answered(100).unwrap();
     let tally = load.stop();
     assert_eq!((tally.cut, tally.others.as_slice()), (0, [].as_slice()), "{tally}");
@@ -297,8 +301,7 @@ fn client_without_a_certificate_is_refused_as_an_identity_error() {
         closed(&["response_flags=\"IDENTITY_ERROR\"", "reporter=\"source\""]) >= 4.0
     })
     .unwrap();
-    let log = a.log();
-    assert!(log.contains("identity error") && log.contains("elsewhere.example"), "{log}");
+    logged(&a, &["identity error", "elsewhere.example"]).unwrap();
     let ledger = wire.finish().unwrap();
     assert!(ledger.clear.is_empty() && ledger.attempts.is_empty(), "{ledger}");
 }

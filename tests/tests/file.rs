@@ -176,11 +176,14 @@ fn pods_come_and_go_with_the_file() {
     assert_eq!(exchange(open).unwrap(), "ping");
 
     mesh.remove_pod("client").unwrap();
-    logged(&a, &["pod withdrawn", "lab//Pod/web/client"]).unwrap();
+    // Its namespace may be missed before the file is read, and is told of differently then.
     counted(&a, "workload_manager_active_proxy_count", &[], 1.0).unwrap();
-    let pods = answer(&a, "/culvert/pods").unwrap();
-    let names: Vec<_> = pods.as_array().unwrap().iter().map(|pod| &pod["name"]).collect();
-    assert_eq!(names, ["server"]);
+    let rest = || {
+        let pods = answer(&a, "/culvert/pods").unwrap();
+        let names: Vec<_> = pods.as_array().unwrap().iter().map(|pod| &pod["name"]).collect();
+        names == ["server"]
+    };
+    wait::until("the other pod alone", SOON, rest).unwrap();
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use culvert_lab::agent::Agent;
 use culvert_lab::mesh::{Match, Mesh, PodSpec, PolicySpec, Running};
 use culvert_lab::wait;
+use culvert_tests::direct::through_agent;
 use culvert_tests::figures::{self, Figures, bpftool};
 use culvert_tests::load::{Load, TEXT};
 use culvert_tests::peer::{Forge, Leaf, Peer};
@@ -208,7 +209,9 @@ fn draining_agent_of_the_server_lets_connections_finish_until_its_deadline() {
 
 /// Drains the first of two agents while connections `to` servers are open; new ones fail with `new`.
 fn drain(mesh: &Running, nodes: [&str; 2], to: &[(IpAddr, u16)], new: ErrorKind) {
-    let [mut draining, _other] = nodes.map(|node| mesh.agent(node, &binary()).unwrap());
+    // What the kernel carries does not notice.
+    let options = through_agent(mesh);
+    let [mut draining, _other] = nodes.map(|node| mesh.agent_with(node, &options).unwrap());
     let mut live: Vec<TcpStream> = to.iter().map(|to| open(mesh, "client", *to)).collect();
     let ended_in_time: Vec<TcpStream> = to.iter().map(|to| open(mesh, "client", *to)).collect();
 

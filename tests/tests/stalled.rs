@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use culvert_lab::mesh::{Mesh, Running};
 use culvert_lab::wait;
-use culvert_tests::{binary, connect, echo, figures, serve};
+use culvert_tests::direct::through_agent;
+use culvert_tests::{connect, echo, figures, serve};
 use socket2::SockRef;
 
 const ECHO: u16 = 8080;
@@ -159,7 +160,8 @@ fn stalled_clients(server: &str) {
     let counted = sent.clone();
     serve(&mesh, server, ECHO, echo).unwrap();
     serve(&mesh, server, SOURCE, move |stream, _| source(stream, &counted)).unwrap();
-    let agents = ["a", "b"].map(|node| mesh.agent(node, &binary()).unwrap());
+    let options = through_agent(&mesh);
+    let agents = ["a", "b"].map(|node| mesh.agent_with(node, &options).unwrap());
     let to = mesh.pod(server).addresses();
     // The first ones find no tunnel yet.
     median(&mesh, to[0]);
@@ -234,7 +236,8 @@ fn stalled_servers(server: &str) {
         counted.fetch_add(AMOUNT, Ordering::Relaxed);
     })
     .unwrap();
-    let agents = ["a", "b"].map(|node| mesh.agent(node, &binary()).unwrap());
+    let options = through_agent(&mesh);
+    let agents = ["a", "b"].map(|node| mesh.agent_with(node, &options).unwrap());
     let to = mesh.pod(server).addresses();
     // The first ones find no tunnel yet.
     median(&mesh, to[0]);

@@ -45,9 +45,18 @@ pub fn choose_endpoint(
             *weighted(&candidates, |endpoint| endpoint.workload.capacity, random)?
         }
     };
+    upstream(service, &chosen, port)
+}
+
+/// An endpoint as what a connection to this port of the service is led to.
+pub(crate) fn upstream(
+    service: &Arc<Service>,
+    endpoint: &Endpoint<'_>,
+    port: u16,
+) -> Option<Upstream> {
     Some(Upstream {
-        port: target_port(service, &chosen, port)?,
-        workload: chosen.workload.clone(),
+        port: target_port(service, endpoint, port)?,
+        workload: endpoint.workload.clone(),
         service: Some(service.clone()),
     })
 }

@@ -30,7 +30,8 @@ pub mod authorize;
 
 pub mod admit;
 
+pub mod tables;
+pub mod verdict;
+
 #[cfg(test)]
 mod fixtures;
-
-pub mod tables;

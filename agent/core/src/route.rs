@@ -118,7 +118,18 @@ pub fn route(
     request: &Outbound<'_>,
     random: &mut impl Rng,
 ) -> Step<Result<Routed, NoRoute>> {
-    Decision { view, request, random }.decide().into()
+    Decision { view, request, random, endpoint: None }.decide().into()
+}
+
+/// The same for a connection whose endpoint has been drawn: `endpoint` is one of
+/// [`balance::candidates`] of the service that is addressed.
+pub(crate) fn route_to(
+    view: &View<'_>,
+    request: &Outbound<'_>,
+    endpoint: Upstream,
+    random: &mut impl Rng,
+) -> Step<Result<Routed, NoRoute>> {
+    Decision { view, request, random, endpoint: Some(endpoint) }.decide().into()
 }
 
 type Decided<T> = Result<T, Stop<NoRoute>>;
@@ -127,6 +138,8 @@ struct Decision<'a, R> {
     view: &'a View<'a>,
     request: &'a Outbound<'a>,
     random: &'a mut R,
+    /// The endpoint, if it is not to be drawn.
+    endpoint: Option<Upstream>,
 }
 
 impl<'a, R: Rng> Decision<'a, R> {
@@ -185,15 +198,19 @@ impl<'a, R: Rng> Decision<'a, R> {
                 Destination::Service(service) if service.is_passthrough() => {
                     return Ok(self.passthrough(Some(service), Because::PassthroughService));
                 }
-                Destination::Service(service) => balance::choose_endpoint(
-                    snapshot,
-                    source,
-                    service,
-                    original.port(),
-                    Mode::Standard,
-                    self.random,
-                )
-                .ok_or(NoRoute::NoHealthyUpstream(original.addr()))?,
+                Destination::Service(service) => {
+                    let drawn = self.endpoint.take().or_else(|| {
+                        balance::choose_endpoint(
+                            snapshot,
+                            source,
+                            service,
+                            original.port(),
+                            Mode::Standard,
+                            self.random,
+                        )
+                    });
+                    drawn.ok_or(NoRoute::NoHealthyUpstream(original.addr()))?
+                }
                 Destination::Workload(workload) => {
                     Upstream { workload: workload.clone(), port: original.port(), service: None }
                 }
@@ -248,8 +265,10 @@ impl<'a, R: Rng> Decision<'a, R> {
         let target = SocketAddr::new(ip, port);
         let to = AppAddr::new(target);
         // Who wants to know the target of a connection learns it from the tunnel's far end only.
-        let is_local =
-            self.view.enrolled.contains(&workload.uid) && workload.application_tunnel.is_none();
+        let enrolled = self.view.enrolled;
+        let is_local = enrolled.contains(&workload.uid)
+            && workload.application_tunnel.is_none()
+            && !enrolled.tunnels_between(self.request.source, &workload);
         let because = match service {
             Some(_) => Because::ServiceEndpoint,
             None => Because::WorkloadAddress,

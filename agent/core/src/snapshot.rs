@@ -304,6 +304,12 @@ impl Snapshot {
         self.policies.by_key.is_same(&other.policies.by_key)
     }
 
+    /// Whether the same workloads name the service as theirs in both, none of them changed. Costs two
+    /// look-ups.
+    pub fn shares_members_with(&self, other: &Snapshot, service: &NamespacedHostname) -> bool {
+        self.members.shares_with(&other.members, service)
+    }
+
     pub fn require_waypoint(&self) -> &RequireWaypoint {
         &self.require_waypoint
     }

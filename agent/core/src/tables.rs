@@ -13,6 +13,10 @@ use ipnet::IpNet;
 
 use crate::addr::canonical_range;
 
+mod verdict;
+
+pub use verdict::{Backend, MAX_BACKENDS, Verdict, VerdictId, VerdictKey};
+
 /// Names a network namespace for as long as the machine is up (`SO_NETNS_COOKIE`, Linux 5.14).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NetnsCookie(pub u64);

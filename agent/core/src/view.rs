@@ -1,13 +1,13 @@
 //! What one decision may look at, and how it says what it still lacks.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::addr::{NamespacedHostname, NetworkAddress};
 use crate::snapshot::Snapshot;
-use crate::workload::{GatewayAddress, GatewayDestination};
+use crate::workload::{GatewayAddress, GatewayDestination, Workload};
 
 /// Everything a decision knows of the world. Borrowed for one decision, never kept.
 #[derive(Clone, Copy, Debug)]
@@ -87,29 +87,64 @@ pub enum Fetched {
 #[error("the control plane did not tell about {0}")]
 pub struct Unanswered(pub ResourceKey);
 
-/// The uids of the workloads that are enrolled at this agent.
+/// The uids of the workloads that are enrolled at this agent, and which of their connections among
+/// each other have to be encrypted nevertheless.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Enrolled(HashSet<Arc<str>>);
+pub struct Enrolled {
+    uids: HashSet<Arc<str>>,
+    tunnelled: Arc<Tunnelled>,
+}
 
 impl Enrolled {
     pub fn contains(&self, uid: &str) -> bool {
-        self.0.contains(uid)
+        self.uids.contains(uid)
     }
 
     /// Whether it was not there before.
     pub fn insert(&mut self, uid: Arc<str>) -> bool {
-        self.0.insert(uid)
+        self.uids.insert(uid)
     }
 
     /// Whether it was there.
     pub fn remove(&mut self, uid: &str) -> bool {
-        self.0.remove(uid)
+        self.uids.remove(uid)
+    }
+
+    /// The same with tunnels within the node for these.
+    pub fn tunnelled(self, tunnelled: Arc<Tunnelled>) -> Self {
+        Self { tunnelled, ..self }
+    }
+
+    /// Whether a connection between the two is to go through a tunnel, though both are of this node.
+    pub(crate) fn tunnels_between(&self, source: &Workload, destination: &Workload) -> bool {
+        self.tunnelled.includes(source) || self.tunnelled.includes(destination)
     }
 }
 
 impl FromIterator<Arc<str>> for Enrolled {
     fn from_iter<I: IntoIterator<Item = Arc<str>>>(uids: I) -> Self {
-        Self(uids.into_iter().collect())
+        Self { uids: uids.into_iter().collect(), tunnelled: Arc::default() }
+    }
+}
+
+/// Workloads whose connections are tunnelled within the node, too; nobody's by default.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tunnelled {
+    /// Those of all workloads.
+    pub everyone: bool,
+    pub namespaces: BTreeSet<Arc<str>>,
+    /// Namespace, and the name of the pod or of its owner.
+    pub workloads: BTreeSet<(Arc<str>, Arc<str>)>,
+}
+
+impl Tunnelled {
+    pub fn includes(&self, workload: &Workload) -> bool {
+        let is_named =
+            |name: &Arc<str>| self.workloads.contains(&(workload.namespace.clone(), name.clone()));
+        self.everyone
+            || self.namespaces.contains(&workload.namespace)
+            || (!self.workloads.is_empty()
+                && (is_named(&workload.name) || is_named(&workload.workload_name)))
     }
 }
 

@@ -43,6 +43,8 @@ pub struct Kernel {
     pub programs: Vec<Program>,
     /// Entries in all flow maps.
     pub flow_entries: u64,
+    /// By how many verdicts it admits connections within the node; `None` where it does not.
+    pub verdicts: Option<u64>,
 }
 
 /// A loaded program, as `bpftool prog` shows it.
@@ -169,6 +171,7 @@ struct PodView<'a> {
     state: String,
     certificate: String,
     connections: Counts,
+    verdicts: usize,
 }
 
 #[derive(Serialize)]
@@ -192,11 +195,13 @@ impl<'a> PodView<'a> {
             state: pod.state.to_string(),
             certificate: pod.certificate.to_string(),
             connections: Counts { inbound, outbound: live.len() - inbound },
+            verdicts: pod.verdicts,
         }
     }
 }
 
 pub(super) fn connections(sources: &Sources) -> serde_json::Result<Vec<u8>> {
+    sources.state.measure();
     let all = sources.state.connections().all();
     let views: Vec<ConnectionView> = all.iter().map(ConnectionView::of).collect();
     serde_json::to_vec_pretty(&views)

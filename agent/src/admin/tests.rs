@@ -42,6 +42,8 @@ impl AdminState for Fixed {
         &self.connections
     }
 
+    fn measure(&self) {}
+
     fn agent(&self) -> Agent {
         Agent {
             version: "0.1.0".to_owned(),
@@ -59,6 +61,7 @@ impl AdminState for Fixed {
                 pin_path: "/sys/fs/bpf/culvert".to_owned(),
                 programs: vec![Program { name: "culvert_connect4".to_owned(), id: 12 }],
                 flow_entries: 3,
+                verdicts: Some(2),
             },
         }
     }
@@ -405,6 +408,7 @@ pub(super) fn pod() -> Pod {
         cookie: 4026,
         addresses: vec!["10.1.0.7".parse().unwrap()],
         state: PodState::Enrolled,
+        verdicts: 5,
         certificate: CertificateStatus::Available,
     }
 }
@@ -435,7 +439,7 @@ async fn culverts_own_views_have_their_shapes() {
         "connections": {"inbound": 1, "outbound": 0},
         "handover": null,
         "kernel": {"cgroup": "/sys/fs/cgroup", "pinPath": "/sys/fs/bpf/culvert",
-                   "programs": [{"name": "culvert_connect4", "id": 12}], "flowEntries": 3},
+                   "programs": [{"name": "culvert_connect4", "id": 12}], "flowEntries": 3, "verdicts": 2},
     });
     assert_eq!(status, expected);
 
@@ -445,7 +449,7 @@ async fn culverts_own_views_have_their_shapes() {
         "workload": "c1//Pod/shop/api-5c6b", "name": "api-5c6b", "namespace": "shop",
         "serviceAccount": "api", "netns": "/run/netns/api", "cookie": 4026,
         "addresses": ["10.1.0.7"], "state": "Enrolled", "certificate": "Available",
-        "connections": {"inbound": 1, "outbound": 0},
+        "connections": {"inbound": 1, "outbound": 0}, "verdicts": 5,
     });
     assert_eq!(pods[1], expected);
 

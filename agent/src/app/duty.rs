@@ -105,11 +105,12 @@ pub(super) struct Duty {
 }
 
 impl Duty {
-    /// Serves to the end. Pods of istio-cni are asked for when `synced` is ready.
-    pub async fn run(
+    /// Serves to the end. Pods of istio-cni are asked for when `synced` is ready, and then the kernel
+    /// is told what it may admit.
+    pub async fn run<S: Future<Output = ()> + Send + 'static>(
         mut self,
         bequest: Option<Bequest>,
-        synced: impl Future<Output = ()> + Send + 'static,
+        synced: impl Fn() -> S,
         starting: Vec<OpenTask>,
     ) -> anyhow::Result<()> {
         let state = self.state.clone();
@@ -125,10 +126,13 @@ impl Duty {
             }
             None => self.enrolment.open(),
         }
+        if let Some(direct) = node.direct.clone() {
+            tokio::spawn(direct.run(node.clone(), synced()));
+        }
         let descriptors = servers.descriptors()?;
         let (closing, open) = drain::drain();
         let serving = tokio::spawn(servers.serve(self.sources.clone(), open));
-        let requests = follow_cni(config, synced);
+        let requests = follow_cni(config, synced());
         let (asking, netns) = await_successor(config);
         self.enrolment.reconcile().await;
         drop(starting);
@@ -200,6 +204,9 @@ impl Post<'_> {
         let servers_too = asked.by.netns == self.netns;
         let error = match self.hand_over(&asked, servers_too).await {
             Ok(()) => {
+                if let Some(direct) = &self.state.node.direct {
+                    direct.stop();
+                }
                 story.tell(format_args!("handed over to {}", asked.by));
                 self.state.node.telemetry.handover(Handover::Given);
                 return Some(End::HandedOver { to: asked.by, servers_too });

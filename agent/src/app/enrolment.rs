@@ -335,6 +335,12 @@ impl Enrolment {
             if beside_cni && let Err(error) = netns.hold_translations() {
                 tracing::warn!(%pod, %error, "connections will not outlive istio-cni's rules");
             }
+            if beside_cni
+                && matches!(capture, Redirection::Ebpf(_))
+                && let Err(error) = netns.let_direct_pass()
+            {
+                tracing::warn!(%pod, %error, "connections from pods of this node go by the agent");
+            }
             let listeners = PodListeners::from(&listeners);
             let netns = &*netns;
             capture.enrol(netns.as_fd(), netns.cookie(), &spec, &listeners)?;

@@ -40,7 +40,7 @@ pub(super) async fn explain(
     let request = Outbound { source: &source, client, destination: target };
     let routed = decide(node, |view| route::route(view, &request, &mut SmallRng::seed_from_u64(0)));
     match routed.await {
-        Ok(routed) => story.follow(node, &source, client, routed).await,
+        Ok(routed) => story.follow(node, &source, (client, target), routed).await,
         Err(no_route) => story.refused("route", &no_route.to_string(), "no route"),
     }
     Ok(story.told)
@@ -186,7 +186,13 @@ impl Story {
         self.told.outcome = Outcome::Refused;
     }
 
-    async fn follow(&mut self, node: &Node, source: &Workload, client: IpAddr, routed: Routed) {
+    async fn follow(
+        &mut self,
+        node: &Node,
+        source: &Workload,
+        (client, original): (IpAddr, OriginalDst),
+        routed: Routed,
+    ) {
         let because = match &routed.service {
             Some(service) => format!("{} {}", routed.because, service.hostname),
             None => routed.because.to_string(),
@@ -202,9 +208,11 @@ impl Story {
                 self.step("route", format!("local to {to} ({})", workload.uid), because);
                 self.judge(node, source, client, to.addr(), &Authority::Addr(to.addr()), &workload)
                     .await;
+                self.tell_kernel(node, source, original);
             }
             Route::Tunnel { tunnel, next_hop } => {
                 self.tunnel(&tunnel, &next_hop, because);
+                self.tell_share(node, source, original);
                 let Authority::Addr(target) = &tunnel.authority else { return };
                 if next_hop.addresses.contains(&target.ip()) && tunnel.inner.is_none() {
                     self.judge(node, source, client, *target, &tunnel.authority, &next_hop).await;
@@ -217,6 +225,29 @@ impl Story {
                     );
                 }
             }
+        }
+    }
+
+    /// Who carries a connection within the node.
+    fn tell_kernel(&mut self, node: &Node, source: &Workload, original: OriginalDst) {
+        let Some(direct) = &node.direct else {
+            let because = "the kernel admits nothing by itself here".to_owned();
+            return self.step("carry", "through the agent".to_owned(), because);
+        };
+        let (result, because) = match direct.explain(&node.mesh, &source.uid, original.addr()) {
+            Ok(Some(id)) => ("by the kernel", format!("verdict {id}")),
+            Ok(None) => ("by the kernel", "once a first one went through the agent".to_owned()),
+            Err(because) => ("through the agent", because.to_string()),
+        };
+        self.step("carry", result.to_owned(), because);
+    }
+
+    /// The endpoint that is shown is elsewhere; another one may not be.
+    fn tell_share(&mut self, node: &Node, source: &Workload, original: OriginalDst) {
+        let Some(direct) = &node.direct else { return };
+        if let Ok(Some(id)) = direct.explain(&node.mesh, &source.uid, original.addr()) {
+            let result = "by the kernel to endpoints of this node".to_owned();
+            self.step("carry", result, format!("verdict {id}"));
         }
     }
 

@@ -18,8 +18,10 @@ use crate::admin::{
     Kernel, Pod, PodState, Program, Source, Version,
 };
 use crate::ca;
+use crate::capture::NetnsCookie;
 use crate::config::{Config, MeshSettings};
 use crate::connections::{Connections, Direction, Protocol};
+use crate::direct::Direct;
 use crate::file::{self, FileStatus};
 use crate::node::Node;
 use crate::pods::Claim;
@@ -72,6 +74,9 @@ impl State {
         let node = Arc::downgrade(&self.node);
         telemetry
             .watch_kernel(move || node.upgrade().map(|node| kernel(&node)).unwrap_or_default());
+        if let Some(direct) = self.node.direct.clone() {
+            telemetry.watch_direct(move || direct.reading());
+        }
         let node = Arc::downgrade(&self.node);
         telemetry.watch_certificates(move || {
             let states = node.upgrade().map(|node| node.certificates.states());
@@ -179,6 +184,11 @@ fn shown(certificate: CertificateSummary) -> Certificate {
 }
 
 impl State {
+    fn verdicts_of(&self, cookie: Option<u64>) -> usize {
+        let of = |direct: &Direct| cookie.map(|cookie| direct.verdicts_of(NetnsCookie(cookie)));
+        self.node.direct.as_ref().and_then(of).unwrap_or_default()
+    }
+
     fn source(&self) -> Source {
         if let Some(xds) = &self.xds {
             return control_plane(&xds.borrow());
@@ -254,6 +264,7 @@ impl AdminState for State {
                     Some(workload) => workload.addresses.clone(),
                     None => enrolled.unwrap_or_default(),
                 },
+                verdicts: self.verdicts_of(row.cookie),
                 state: row.failed.map_or(PodState::Enrolled, PodState::Failed),
                 certificate: certificate
                     .map_or(CertificateStatus::Initializing, |found| status(&found.state)),
@@ -264,6 +275,12 @@ impl AdminState for State {
 
     fn connections(&self) -> &Connections {
         &self.node.connections
+    }
+
+    fn measure(&self) {
+        if let Some(direct) = &self.node.direct {
+            direct.measure(&self.node.mesh.pods());
+        }
     }
 
     fn agent(&self) -> Agent {
@@ -279,6 +296,7 @@ impl AdminState for State {
                 pin_path: self.config.pin_path.display().to_string(),
                 programs: programs.map(|(name, id)| Program { name, id }).collect(),
                 flow_entries: flow_entries(&self.node).iter().map(|(_, count)| count).sum(),
+                verdicts: self.node.direct.as_ref().map(|direct| direct.reading().verdicts),
             },
         }
     }
@@ -314,6 +332,9 @@ impl AdminState for State {
             "pinPath": config.pin_path,
             "poolMaxStreamsPerConnection": config.pool.streams_per_connection,
             "poolUnusedReleaseSeconds": config.pool.release_unused_after.as_secs_f64(),
+            "sameNode": format!("{:?}", config.same_node.path).to_lowercase(),
+            "sameNodeAdmitSeconds": config.same_node.admit_time.as_secs_f64(),
+            "sameNodeVerdictsPerPod": config.same_node.verdicts_per_pod,
             "readinessAddr": config.servers.readiness.to_string(),
             "stateDir": config.state_dir,
             "statsAddr": config.servers.stats.to_string(),

@@ -92,6 +92,14 @@ impl Certificates {
         }
     }
 
+    /// For how long the certificate of `identity` that is cached is still valid; `None` when there is
+    /// none. Asks for nothing.
+    pub fn remaining(&self, identity: &Identity) -> Option<Duration> {
+        let now = self.shared.now();
+        let end = self.shared.entries.lock().end(identity, now)?;
+        Duration::try_from(end - now.wall).ok()
+    }
+
     /// Asks for the certificate of an identity that connections will soon need: a workload of it came.
     ///
     /// What was refused before is asked for again at once, because the workload may have been the reason.

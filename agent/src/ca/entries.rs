@@ -150,6 +150,12 @@ impl Entries {
         Found::Awaited(entry.answered.subscribe())
     }
 
+    /// When the certificate that is valid now ends.
+    pub(super) fn end(&self, identity: &Identity, now: Now) -> Option<OffsetDateTime> {
+        let certificate = self.by_identity.get(identity)?.valid(now)?;
+        Some(certificate.not_after())
+    }
+
     /// Asks for it without anyone waiting. A refusal is no reason to wait for the next retry.
     pub(super) fn expect_use(&mut self, identity: &Identity, now: Now) {
         let entry = self.ask(identity, Priority::Warmup, now);

@@ -24,7 +24,8 @@ pub struct DetachReport {
 }
 
 /// Removes everything that agents on this folder left in the kernel. New connections of their pods
-/// go their plain way from then on. A running agent must be stopped first.
+/// go their plain way from then on; connections that the kernel carries by itself go on as plain ones.
+/// A running agent must be stopped first.
 pub fn detach(pin_path: &Path) -> Result<DetachReport, CaptureError> {
     let Some(pins) = Pins::open_existing(pin_path)? else { return Ok(DetachReport::default()) };
     let mut unreachable = Vec::new();
@@ -36,7 +37,10 @@ pub fn detach(pin_path: &Path) -> Result<DetachReport, CaptureError> {
         let Some(inode) = inode else { continue };
         match find_netns(inode, cookie) {
             Some(netns) => {
-                let gone = netns.remove_return_route().and_then(|()| netns.release_translations());
+                let gone = netns
+                    .stop_direct_passing()
+                    .and_then(|()| netns.remove_return_route())
+                    .and_then(|()| netns.release_translations());
                 gone.map_err(|error| CaptureError::Pod { cookie, error })?;
             }
             None => unreachable.push(cookie),
@@ -47,7 +51,7 @@ pub fn detach(pin_path: &Path) -> Result<DetachReport, CaptureError> {
 }
 
 /// Looks where a namespace can be entered: at the processes within, then at mounts.
-fn find_netns(inode: u64, cookie: NetnsCookie) -> Option<Netns> {
+pub fn find_netns(inode: u64, cookie: NetnsCookie) -> Option<Netns> {
     let processes = fs::read_dir("/proc").ok()?.flatten().map(|entry| entry.path().join("ns/net"));
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     // "… MOUNT-ID PARENT DEVICE ROOT MOUNT-POINT …", where the root reads "net:[INODE]".

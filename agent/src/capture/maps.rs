@@ -11,14 +11,14 @@ use aya::maps::{
     Array, HashMap, HashOfMaps, LpmTrie, Map, MapData, MapError, PerCpuArray, SockHash,
 };
 use culvert_abi::{
-    ABI_MAP, ABI_VERSION, ADDRESSES_MAP, Abi, Address, COUNTS_MAP, Counts, EXCLUDED_NETS_MAP,
+    ABI_MAP, ADDRESSES_MAP, Abi, Address, COUNTS_MAP, Counts, EXCLUDED_NETS_MAP,
     EXCLUDED_PORTS_MAP, ExcludedNet, ExcludedPort, FLOWS_MAP, Flow, FlowKey, LISTENERS_MAP,
     Listener, ListenerKey, POD_FLOWS_MAP, PODS_MAP, PROBES_MAP, Pod, Probe,
 };
 use culvert_core::tables::{Direction, NetnsCookie, PodEntry, TableChange, Tables, diff};
 use ipnet::IpNet;
 
-use super::CaptureError;
+use super::{CaptureError, CaptureOptions};
 
 type Flows = HashMap<MapData, FlowKey, Flow>;
 
@@ -58,10 +58,10 @@ impl fmt::Debug for Maps {
 
 impl Maps {
     /// Takes the maps of a loaded object, with what an earlier agent left in them.
-    pub fn take(object: &mut Ebpf, max_pods: u32) -> Result<Maps, CaptureError> {
+    pub fn take(object: &mut Ebpf, options: &CaptureOptions) -> Result<Maps, CaptureError> {
         let mut abi: Array<MapData, Abi> = take(object, ABI_MAP)?;
-        let version = Abi { version: ABI_VERSION, max_pods };
-        abi.set(0, version, 0).map_err(|error| failed(ABI_MAP, error))?;
+        let max_pods = options.max_pods;
+        abi.set(0, options.abi(), 0).map_err(|error| failed(ABI_MAP, error))?;
         let mut maps = Maps {
             tables: Tables::default(),
             max_pods,
@@ -230,16 +230,18 @@ impl Maps {
     }
 
     fn full_or_failed(&self, map: &'static str, error: MapError) -> CaptureError {
-        let full = [libc::E2BIG, libc::ENOSPC];
-        match &error {
-            MapError::SyscallError(call)
-                if call.io_error.raw_os_error().is_some_and(|code| full.contains(&code)) =>
-            {
-                CaptureError::Full { map, max_pods: self.max_pods }
-            }
-            _ => failed(map, error),
+        match is_full(&error) {
+            true => CaptureError::Full { map, max_pods: self.max_pods },
+            false => failed(map, error),
         }
     }
+}
+
+/// Whether a map has no room for another entry.
+pub fn is_full(error: &MapError) -> bool {
+    let full = [libc::E2BIG, libc::ENOSPC];
+    let MapError::SyscallError(call) = error else { return false };
+    call.io_error.raw_os_error().is_some_and(|code| full.contains(&code))
 }
 
 pub fn failed(map: &'static str, error: MapError) -> CaptureError {
@@ -250,7 +252,7 @@ pub fn missing(map: &'static str) -> CaptureError {
     failed(map, MapError::InvalidName { name: map.into() })
 }
 
-fn take<M: TryFrom<Map, Error = MapError>>(
+pub fn take<M: TryFrom<Map, Error = MapError>>(
     object: &mut Ebpf,
     name: &'static str,
 ) -> Result<M, CaptureError> {
@@ -258,7 +260,7 @@ fn take<M: TryFrom<Map, Error = MapError>>(
     map.try_into().map_err(|error| failed(name, error))
 }
 
-fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
+pub fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
     match result {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(call))

@@ -1,6 +1,9 @@
 //! Network namespaces: entering them, listening in them, and their route back for kept addresses.
 
+mod nftables;
+mod passing;
 mod routes;
+pub(super) mod sockets;
 mod tracking;
 
 use std::fs::File;
@@ -18,7 +21,10 @@ use culvert_abi::{
 use culvert_core::tables::NetnsCookie;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
+use super::direct::SocketCookie;
 use super::sys;
+
+pub use sockets::Carried;
 
 /// Wanted room for questions that wait to be read, in bytes.
 const QUERY_BUFFER: usize = 1 << 20;
@@ -136,6 +142,14 @@ impl Netns {
         Netns::open(format!("/proc/{pid}/ns/net"))
     }
 
+    /// That of a socket.
+    pub fn of_socket(socket: impl AsFd) -> Result<Netns, NetnsError> {
+        let path = Path::new("of a socket");
+        let failed = |error| NetnsError::Open { path: path.to_owned(), error };
+        let file = sys::netns_of(socket.as_fd()).map_err(failed)?;
+        Netns::of(file.into(), path)
+    }
+
     /// That of the calling thread.
     pub fn current() -> Result<Netns, NetnsError> {
         Netns::open(CURRENT)
@@ -249,6 +263,35 @@ impl Netns {
         routes::remove(self)
     }
 
+    /// Ends a TCP connection of the namespace by its socket's cookie; `false` when there is none
+    /// (`SOCK_DESTROY`, Linux 4.5).
+    pub fn destroy(
+        &self,
+        local: SocketAddr,
+        remote: SocketAddr,
+        cookie: SocketCookie,
+    ) -> io::Result<bool> {
+        sockets::destroy(self, local, remote, cookie)
+    }
+
+    /// The socket of a TCP connection of the namespace.
+    pub fn find_connection(
+        &self,
+        local: SocketAddr,
+        remote: SocketAddr,
+    ) -> io::Result<Option<SocketCookie>> {
+        sockets::find(self, local, remote)
+    }
+
+    /// What TCP connections of the namespace, each with its ends and its socket, have carried so far;
+    /// `None` of those that are gone (`tcp_info`, Linux 4.1).
+    pub fn carried(
+        &self,
+        connections: impl IntoIterator<Item = (SocketAddr, SocketAddr, SocketCookie)>,
+    ) -> io::Result<Vec<Option<Carried>>> {
+        sockets::carried(self, connections)
+    }
+
     /// Keeps connections that rules of the pod have translated whole when those rules go (nftables,
     /// Linux 5.2 for translation in family `inet`).
     pub fn hold_translations(&self) -> io::Result<()> {
@@ -258,6 +301,17 @@ impl Netns {
     /// Undoes [`Netns::hold_translations`].
     pub fn release_translations(&self) -> io::Result<()> {
         tracking::release(self)
+    }
+
+    /// Lets direct connections arrive that rules of istio-cni would lead to the agent (nftables,
+    /// Linux 5.2; their option in the SYN, Linux 5.10).
+    pub fn let_direct_pass(&self) -> io::Result<()> {
+        passing::let_pass(self)
+    }
+
+    /// Undoes [`Netns::let_direct_pass`].
+    pub fn stop_direct_passing(&self) -> io::Result<()> {
+        passing::stop(self)
     }
 }
 

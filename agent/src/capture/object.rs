@@ -6,6 +6,10 @@ use std::path::PathBuf;
 use aya::programs::ProgramType;
 use aya::sys::{BpfHelper, is_helper_supported, is_program_supported};
 use aya::{Ebpf, EbpfLoader};
+use culvert_abi::direct::{
+    AGENT_MAP, DIRECT_COUNTS_MAP, DIRECT_MAP, DIRECT_MARGIN, DIRECT_ROOM, EVENTS_MAP, LIVE_MAP,
+    POD_DIRECT_MAP, VERDICTS_MAP,
+};
 use culvert_abi::{
     ABI_MAP, ADDRESSES_MAP, COUNTS_MAP, EXCLUDED_NETS_MAP, EXCLUDED_PORTS_MAP, HAVE_MPTCP,
     HAVE_SET_RETVAL, LISTENERS_MAP, NODE_NETNS, POD_FLOWS_MAP, POD_NETNS, PODS_MAP, PROBES_MAP,
@@ -23,7 +27,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/cu
 /// The ring buffer of aya-log.
 pub const LOGS_MAP: &str = "AYA_LOGS";
 /// Maps that outlive the agent. The constants are not among them: they differ from pod to pod.
-pub const PINNED_MAPS: [&str; 11] = [
+pub const PINNED_MAPS: [&str; 17] = [
     ABI_MAP,
     PODS_MAP,
     ADDRESSES_MAP,
@@ -34,6 +38,12 @@ pub const PINNED_MAPS: [&str; 11] = [
     PROBES_MAP,
     LISTENERS_MAP,
     COUNTS_MAP,
+    VERDICTS_MAP,
+    POD_DIRECT_MAP,
+    LIVE_MAP,
+    AGENT_MAP,
+    EVENTS_MAP,
+    DIRECT_COUNTS_MAP,
     LOGS_MAP,
 ];
 
@@ -42,6 +52,8 @@ pub struct Loader {
     maps: Vec<(&'static str, PathBuf)>,
     node: NetnsCookie,
     max_pods: u32,
+    max_verdicts: u32,
+    max_direct: u32,
     log_level: u8,
     have_set_retval: u8,
     have_mptcp: u8,
@@ -63,6 +75,8 @@ impl Loader {
             maps: PINNED_MAPS.iter().map(|map| (*map, pins.map(map))).collect(),
             node: options.node,
             max_pods: options.max_pods,
+            max_verdicts: options.max_verdicts,
+            max_direct: options.max_direct,
             log_level: log_level(options.log_level),
             have_set_retval: helper(BpfHelper::BPF_FUNC_set_retval)?.into(),
             have_mptcp: helper(BpfHelper::BPF_FUNC_skc_to_mptcp_sock)?.into(),
@@ -84,6 +98,12 @@ impl Loader {
             .map_max_entries(EXCLUDED_PORTS_MAP, self.max_pods.saturating_mul(64))
             .map_max_entries(EXCLUDED_NETS_MAP, self.max_pods.saturating_mul(64))
             .map_max_entries(LISTENERS_MAP, self.max_pods.saturating_mul(3))
+            .map_max_entries(VERDICTS_MAP, self.max_verdicts)
+            // Twice, for pods that were withdrawn while connections of theirs live on.
+            .map_max_entries(POD_DIRECT_MAP, self.max_pods.saturating_mul(2))
+            .map_max_entries(DIRECT_MAP, self.max_direct.saturating_add(DIRECT_MARGIN))
+            .map_max_entries(LIVE_MAP, self.max_pods)
+            .override_global(DIRECT_ROOM, &self.max_direct, true)
             .override_global(NODE_NETNS, &self.node.0, true)
             .override_global(POD_NETNS, &pod, true)
             .override_global(HAVE_SET_RETVAL, &self.have_set_retval, true)

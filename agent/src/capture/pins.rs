@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use aya::maps::{Array, Map, MapData};
-use culvert_abi::{ABI_MAP, ABI_VERSION, Abi};
+use culvert_abi::{ABI_MAP, Abi};
 use culvert_core::tables::NetnsCookie;
 
 use super::object::PINNED_MAPS;
-use super::{CaptureError, sys};
+use super::{CaptureError, direct, sys};
 
 /// Where a BPF file system is customarily mounted.
 const BPF_FS: &str = "/sys/fs/bpf";
@@ -147,19 +147,21 @@ impl Pins {
 
     /// Unpins maps that this agent cannot use; `true` when none are left. The programs that use
     /// them keep them until they are replaced.
-    pub fn discard_foreign_maps(&self, max_pods: u32) -> Result<bool, CaptureError> {
-        let ours = Abi { version: ABI_VERSION, max_pods };
+    pub fn discard_foreign_maps(&self, ours: Abi) -> Result<bool, CaptureError> {
         match self.abi()? {
             Some(abi) if abi == ours => return Ok(false),
             Some(abi) => tracing::warn!(
                 pins = %self.root.display(),
                 version = abi.version,
                 max_pods = abi.max_pods,
+                max_verdicts = abi.max_verdicts,
+                max_direct = abi.max_direct,
                 "the pinned maps were made by a different agent and are made anew: adopted pods \
                  are refused all connections until they are enrolled again"
             ),
             None => {}
         }
+        direct::end_all(self);
         for map in PINNED_MAPS {
             remove_file(&self.map(map))?;
         }
@@ -200,7 +202,7 @@ impl Pins {
         let map = MapData::from_pin(&path).map_err(unreadable)?;
         let version: Result<Array<_, Abi>, _> = Map::Array(map).try_into();
         // A map of another shape is another version.
-        let foreign = Abi { version: 0, max_pods: 0 };
+        let foreign = Abi { version: 0, max_pods: 0, max_verdicts: 0, max_direct: 0 };
         Ok(Some(version.and_then(|map| map.get(&0, 0)).unwrap_or(foreign)))
     }
 }

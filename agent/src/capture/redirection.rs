@@ -11,7 +11,8 @@ use culvert_core::addr::OriginalDst;
 use tokio::net::TcpStream;
 
 use super::{
-    Capture, CaptureError, KernelLogs, MapCounts, NetnsCookie, PodListeners, PodSpec, sys,
+    Capture, CaptureError, Direct, KernelLogs, MapCounts, NetnsCookie, Original, PodListeners,
+    PodSpec, sys,
 };
 
 /// Cloning copies a pointer.
@@ -47,22 +48,23 @@ impl Redirection {
     }
 
     /// Where a connection that was accepted on the outbound port was going.
-    pub fn outbound_dst(&self, accepted: &TcpStream) -> Result<OriginalDst, NoOriginalDst> {
+    pub fn outbound_dst(&self, accepted: &TcpStream) -> Result<Original, NoOriginalDst> {
         if let Redirection::Ebpf(capture) = self
             && let Some(original) = capture.original_dst(accepted)?
         {
             return Ok(original);
         }
         let local = canonical(accepted.local_addr()?);
+        let found = |to| Ok(Original { to: OriginalDst::new(to), elsewhere: None });
         match (translated(accepted), self) {
             // Someone connected to the agent's port by hand.
             (Some(to), Redirection::Cni) if to == local && to.port() == OUTBOUND_PORT => {
                 Err(NoOriginalDst::SelfCall)
             }
-            (Some(to), _) if to != local => Ok(OriginalDst::new(to)),
+            (Some(to), _) if to != local => found(to),
             (_, Redirection::Ebpf(_)) => Err(NoOriginalDst::Absent),
             // Delivered without translation, as TPROXY does.
-            (_, Redirection::Cni) if local.port() != OUTBOUND_PORT => Ok(OriginalDst::new(local)),
+            (_, Redirection::Cni) if local.port() != OUTBOUND_PORT => found(local),
             (_, Redirection::Cni) => Err(NoOriginalDst::Absent),
         }
     }
@@ -135,6 +137,14 @@ impl Redirection {
         match self {
             Redirection::Ebpf(capture) => capture.events(),
             Redirection::Cni => Ok(Counts::default()),
+        }
+    }
+
+    /// [`Capture::direct`]; `None` where nothing of ours is in the kernel.
+    pub fn direct(&self) -> Option<&Direct> {
+        match self {
+            Redirection::Ebpf(capture) => Some(capture.direct()),
+            Redirection::Cni => None,
         }
     }
 

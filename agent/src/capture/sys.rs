@@ -4,16 +4,24 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::mem;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
+
+use socket2::SockRef;
+
+use super::direct::SocketCookie;
+use super::netns::sockets;
 
 /// Commands of `bpf(2)`.
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
 
@@ -59,6 +67,123 @@ pub unsafe fn map_update<K: Copy, V: Copy>(map: BorrowedFd, key: &K, value: &V) 
     // SAFETY: the structure is that of BPF_MAP_*_ELEM, the references outlive the call, and their
     // sizes are right by this function's contract.
     unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attributes) }.map(drop)
+}
+
+/// Tells every entry of a hash map, many by one call (Linux 5.6). What is in the map all the while is
+/// told, also when others add and remove entries.
+///
+/// # Safety
+/// `K` and `V` are what the map's keys and values are, and any bytes are a valid value of both.
+pub unsafe fn map_entries<K: Copy, V: Copy>(
+    map: BorrowedFd,
+    mut tell: impl FnMut(&K, &V),
+) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        in_batch: u64,
+        out_batch: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map: u32,
+        element_flags: u64,
+        flags: u64,
+    }
+    let mut room = 256;
+    let mut from: Option<u32> = None;
+    loop {
+        let mut keys: Vec<mem::MaybeUninit<K>> = Vec::with_capacity(room);
+        let mut values: Vec<mem::MaybeUninit<V>> = Vec::with_capacity(room);
+        let mut next = 0u32;
+        let mut attributes = Attributes {
+            in_batch: from.as_ref().map_or(0, |from| std::ptr::from_ref(from).addr() as u64),
+            out_batch: std::ptr::from_mut(&mut next).addr() as u64,
+            keys: keys.as_mut_ptr().addr() as u64,
+            values: values.as_mut_ptr().addr() as u64,
+            count: room as u32,
+            map: map.as_raw_fd().cast_unsigned(),
+            element_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: the structure is that of BPF_MAP_*_BATCH. The kernel fills at most `count` keys
+        // and values of these sizes, and a position, which for this type of map is four bytes.
+        let result = unsafe { bpf(BPF_MAP_LOOKUP_BATCH, &mut attributes) };
+        let ended = match result {
+            Ok(_) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            // One bucket holds more.
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
+                room *= 2;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        let filled = (attributes.count as usize).min(room);
+        // SAFETY: the kernel has filled this many of both.
+        unsafe {
+            keys.set_len(filled);
+            values.set_len(filled);
+        }
+        for (key, value) in keys.iter().zip(&values) {
+            // SAFETY: filled, and valid by this function's contract.
+            unsafe { tell(key.assume_init_ref(), value.assume_init_ref()) };
+        }
+        if ended {
+            return Ok(());
+        }
+        from = Some(next);
+    }
+}
+
+/// The keys of a map whose values are not known. Those that others add or remove meanwhile may be
+/// told, also twice.
+///
+/// # Safety
+/// `K` has the size of the map's keys, and any bytes are a valid value of it.
+pub unsafe fn map_keys<K: Copy>(map: BorrowedFd) -> io::Result<Vec<K>> {
+    #[repr(C)]
+    struct Attributes {
+        map: u32,
+        reserved: u32,
+        key: u64,
+        next: u64,
+        flags: u64,
+    }
+    let mut keys: Vec<K> = Vec::new();
+    loop {
+        let mut next = mem::MaybeUninit::<K>::uninit();
+        let mut attributes = Attributes {
+            map: map.as_raw_fd().cast_unsigned(),
+            reserved: 0,
+            key: keys.last().map_or(0, |key| std::ptr::from_ref(key).addr() as u64),
+            next: next.as_mut_ptr().addr() as u64,
+            flags: 0,
+        };
+        // SAFETY: the structure is that of BPF_MAP_*_ELEM, and the key has the right size.
+        match unsafe { bpf(BPF_MAP_GET_NEXT_KEY, &mut attributes) } {
+            // SAFETY: the kernel has filled it.
+            Ok(_) => keys.push(unsafe { next.assume_init() }),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(keys),
+            Err(error) => return Err(error),
+        }
+        // One that is gone by now leads back to the first; others may add for ever.
+        if keys.len() > MAX_KEYS {
+            return Ok(keys);
+        }
+    }
+}
+
+/// More keys than any map of ours has.
+const MAX_KEYS: usize = 1 << 20;
+
+/// The time since the machine was started, sleep included (`CLOCK_BOOTTIME`).
+pub fn since_boot() -> Duration {
+    // SAFETY: all zeroes is a valid value of this plain structure.
+    let mut time: libc::timespec = unsafe { mem::zeroed() };
+    // SAFETY: the kernel fills the structure; this clock exists since Linux 2.6.39.
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut time) };
+    let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
+    Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or_default())
 }
 
 /// Opens what is pinned at a path.
@@ -185,6 +310,13 @@ pub fn netns_cookie(socket: BorrowedFd) -> io::Result<u64> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
 }
 
+/// Whether the kernel ends sockets on request (`CONFIG_INET_DIAG_DESTROY`).
+pub fn can_destroy_sockets() -> io::Result<bool> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let cookie = SockRef::from(&listener).cookie()?;
+    sockets::can_destroy(&listener, SocketCookie(cookie))
+}
+
 /// The destination that a connection had before it was translated (`SO_ORIGINAL_DST`, and
 /// `IP6T_SO_ORIGINAL_DST`, which has the same number). An IPv4 connection may be on an IPv6 socket.
 pub fn original_dst(socket: BorrowedFd) -> io::Result<SocketAddr> {
@@ -271,6 +403,19 @@ pub fn set_option(
     let result =
         unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, pointer.cast(), length) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The network namespace that a socket lies in. Wants `CAP_NET_ADMIN` (Linux 4.9).
+pub fn netns_of(socket: BorrowedFd) -> io::Result<OwnedFd> {
+    /// linux/sockios.h
+    const SIOCGSKNS: libc::c_ulong = 0x894c;
+    // SAFETY: the request takes no argument and answers with a new descriptor.
+    let netns = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS) };
+    if netns < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(netns) })
 }
 
 /// Moves the calling thread into a network namespace.

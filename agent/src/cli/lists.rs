@@ -178,6 +178,7 @@ pub(super) fn pods(pods: &[Pod]) -> Table {
         "CERTIFICATE",
         "INBOUND",
         "OUTBOUND",
+        "VERDICTS",
         "NETNS",
     ]);
     for pod in pods {
@@ -191,6 +192,7 @@ pub(super) fn pods(pods: &[Pod]) -> Table {
             pod.certificate.clone().unwrap_or_default(),
             pod.connections.inbound.to_string(),
             pod.connections.outbound.to_string(),
+            pod.verdicts.to_string(),
             pod.netns.clone(),
         ]);
     }

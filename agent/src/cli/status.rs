@@ -72,10 +72,15 @@ fn kernel(kernel: &Kernel) -> Vec<String> {
     let programs = kernel.programs.iter();
     let programs: Vec<String> =
         programs.map(|program| format!("{} (id {})", program.name, program.id)).collect();
+    let admits = match kernel.verdicts {
+        Some(verdicts) => format!("admits by {}", count(verdicts, "verdict", "verdicts")),
+        None => "admits nothing by itself".to_owned(),
+    };
     vec![
         row("Kernel", format!("attached to {}, pinned in {}", kernel.cgroup, kernel.pin_path)),
         row("", programs.join(", ")),
         row("", count(kernel.flow_entries, "flow entry", "flow entries")),
+        row("", admits),
     ]
 }
 

@@ -15,7 +15,7 @@ use super::{
     Config, ConfigError, Http2, Keepalive, Log, LogFormat, Named, PoolLimits, Redirect, Servers,
     StatedMesh,
 };
-use super::{plane, proxy};
+use super::{plane, proxy, same_node};
 
 /// The flags of `culvert run`, as written.
 #[derive(Clone, Debug, Default)]
@@ -105,6 +105,7 @@ impl Config {
         Ok(Config {
             xds,
             ca: plane::ca(&env, alone, &cluster)?,
+            same_node: same_node::same_node(&env, redirect)?,
             redirect,
             dns,
             crl: env.path(None, "CRL_PATH"),

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::{
-    Config, ConfigError, Flags, LogFormat, Redirect, Roots, StatedMesh, Surroundings, Token,
-    find_cgroup2,
+    Config, ConfigError, Flags, LogFormat, Redirect, Roots, SameNodePath, StatedMesh, Surroundings,
+    Token, find_cgroup2,
 };
 
 mod plane;
@@ -251,4 +251,31 @@ fn cgroup2_is_found_on_pure_and_hybrid_hosts() {
     assert_eq!(find_cgroup2(partial), Some(PathBuf::from("/whole")));
     assert_eq!(find_cgroup2(partial.lines().next().unwrap()), Some(PathBuf::from("/a b")));
     assert_eq!(find_cgroup2("nonsense\n - cgroup2\n1 2 - cgroup2 x"), None);
+}
+
+#[test]
+fn pods_of_one_node_meet_in_the_kernel_unless_said_otherwise() {
+    let same_node = |variables: &[(&str, &str)]| with(variables).unwrap().same_node;
+    let default = same_node(&[]);
+    assert_eq!((default.path, default.irrevocable), (SameNodePath::Kernel, false));
+    assert_eq!(default.verdicts_per_pod, 1024);
+    assert_eq!(default.admit_time, Duration::from_secs(300));
+    assert!(!default.tunnelled.everyone);
+    assert!(same_node(&[("CULVERT_SAME_NODE", "tunnel")]).tunnelled.everyone);
+    assert_eq!(same_node(&[("CULVERT_SAME_NODE", "agent")]).path, SameNodePath::Agent);
+    let named = same_node(&[("CULVERT_SAME_NODE_TUNNELS", "pay, shop/front")]).tunnelled;
+    assert!(named.namespaces.contains("pay"));
+    assert!(named.workloads.contains(&("shop".into(), "front".into())));
+    refused(&[("CULVERT_SAME_NODE", "never")], &["CULVERT_SAME_NODE", "never"]);
+    refused(&[("CULVERT_SAME_NODE_TUNNELS", "pay,/x")], &["CULVERT_SAME_NODE_TUNNELS", "/x"]);
+    refused(&[("CULVERT_SAME_NODE_VERDICTS", "0")], &["CULVERT_SAME_NODE_VERDICTS"]);
+    refused(&[("CULVERT_SAME_NODE_ADMIT_TIME", "2d")], &["CULVERT_SAME_NODE_ADMIT_TIME"]);
+}
+
+#[test]
+fn with_rules_of_istio_cni_the_agent_carries_what_stays_on_the_node() {
+    let cni = [("CULVERT_REDIRECT", "cni"), ("INPOD_UDS", "/run/cni.sock")];
+    assert_eq!(with(&cni).unwrap().same_node.path, SameNodePath::Agent);
+    let kernel = [&cni[..], &[("CULVERT_SAME_NODE", "kernel")]].concat();
+    refused(&kernel, &["CULVERT_SAME_NODE", "CULVERT_REDIRECT"]);
 }

@@ -5,22 +5,17 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use tokio::time::timeout;
-use tokio_seqpacket::ancillary::{AncillaryMessageWriter, OwnedAncillaryMessage};
+use tokio_seqpacket::ancillary::AncillaryMessageWriter;
 use tokio_seqpacket::{UCred, UnixSeqpacket};
 
 use super::message::{Fault, Message};
 use super::{ANSWER_LIMIT, HandoverError};
+use crate::packet::{Control, Packet, PacketError};
 
 /// The longest message.
-const MAX_BYTES: usize = 16 << 10;
+const MAX_BYTES: usize = 64 << 10;
 /// The most descriptors of one message; the kernel has 253 as its limit (`SCM_MAX_FD`).
 pub(super) const MAX_DESCRIPTORS: usize = 64;
-/// Room for somewhat more, so that what is too much is told as such.
-const CONTROL_BYTES: usize = 512;
-
-/// Control messages begin with a structure that holds a `size_t`.
-#[repr(align(8))]
-struct Control([u8; CONTROL_BYTES]);
 
 #[derive(Debug)]
 pub(super) struct Channel(UnixSeqpacket);
@@ -41,7 +36,7 @@ impl Channel {
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<(), HandoverError> {
         let bytes = message.to_bytes();
-        let mut control = Control([0; CONTROL_BYTES]);
+        let mut control = Control::default();
         let mut ancillary = AncillaryMessageWriter::new(&mut control.0);
         if !descriptors.is_empty() {
             let added = ancillary.add_fds(descriptors);
@@ -60,32 +55,15 @@ impl Channel {
 
     /// The next message, whenever it comes. A refusal is an error.
     pub async fn receive(&self) -> Result<(Message, Vec<OwnedFd>), HandoverError> {
-        let mut bytes = vec![0; MAX_BYTES];
-        let mut control = Control([0; CONTROL_BYTES]);
-        let received = self.0.recv_with_ancillary(&mut bytes, &mut control.0).await;
-        let (packet, ancillary) = received.map_err(|error| match is_end(&error) {
-            true => HandoverError::Ended,
-            false => HandoverError::Broken(error),
+        let packet = Packet::receive(&self.0, MAX_BYTES).await.map_err(|error| match error {
+            PacketError::Closed => HandoverError::Ended,
+            PacketError::Cut => Fault::Truncated.into(),
+            PacketError::Io(error) if is_end(&error) => HandoverError::Ended,
+            PacketError::Io(error) => HandoverError::Broken(error),
         })?;
-        let cut = packet.truncated() || packet.ancillary_truncated();
-        // Whatever happens next, these are closed if they are not wanted.
-        let descriptors: Vec<OwnedFd> = ancillary
-            .into_messages()
-            .filter_map(|message| match message {
-                OwnedAncillaryMessage::FileDescriptors(descriptors) => Some(descriptors),
-                _ => None,
-            })
-            .flatten()
-            .collect();
-        if packet.bytes_read() == 0 && !cut {
-            return Err(HandoverError::Ended);
-        }
-        if cut {
-            return Err(Fault::Truncated.into());
-        }
-        match Message::read(bytes.get(..packet.bytes_read()).unwrap_or_default())? {
+        match Message::read(&packet.bytes)? {
             Message::Refused { why } => Err(HandoverError::Refused(why)),
-            message => Ok((message, descriptors)),
+            message => Ok((message, packet.descriptors)),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The descriptors of pods on their way from one agent to another.
 
-use std::net::{IpAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use culvert_abi::{HBONE_PORT, OUTBOUND_PORT, PLAINTEXT_PORT};
@@ -134,35 +134,52 @@ fn check(
     kind: Type,
     port: Option<u16>,
 ) -> Result<(), String> {
-    let socket = SockRef::from(descriptor);
-    let failed = |error: std::io::Error| format!("is no socket: {error}");
-    if socket.r#type().map_err(failed)? != kind {
-        return Err("is of another type".to_owned());
-    }
-    let bound = socket.local_addr().map_err(failed)?.as_socket();
-    let Some(bound) = bound else { return Err("is of no IP".to_owned()) };
+    let bound = check_socket(descriptor, kind)?;
     if port.is_some_and(|port| port != bound.port()) {
         return Err(format!("is on port {}", bound.port()));
     }
-    if kind == Type::STREAM && !socket.is_listener().map_err(failed)? {
-        return Err("does not listen".to_owned());
-    }
-    let own = sys::netns_cookie(descriptor.as_fd()).map_err(failed)?;
+    let own = sys::netns_cookie(descriptor.as_fd()).map_err(no_socket)?;
     if own != cookie.0 {
         return Err("is of another network namespace".to_owned());
     }
-    socket.set_nonblocking(true).map_err(failed)
+    Ok(())
+}
+
+/// Whether it is an IP socket of this type, and listens if it is one of streams: where it is bound.
+fn check_socket(descriptor: &OwnedFd, kind: Type) -> Result<SocketAddr, String> {
+    let socket = SockRef::from(descriptor);
+    if socket.r#type().map_err(no_socket)? != kind {
+        return Err("is of another type".to_owned());
+    }
+    let bound = socket.local_addr().map_err(no_socket)?.as_socket();
+    let Some(bound) = bound else { return Err("is of no IP".to_owned()) };
+    if kind == Type::STREAM && !socket.is_listener().map_err(no_socket)? {
+        return Err("does not listen".to_owned());
+    }
+    socket.set_nonblocking(true).map_err(no_socket)?;
+    Ok(bound)
+}
+
+fn no_socket(error: std::io::Error) -> String {
+    format!("is no socket: {error}")
 }
 
 /// What a predecessor gives, message by message, until it is whole.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct GivenPods {
+    max_pods: usize,
     pub pins: Option<OwnedFd>,
     pub pods: Vec<GivenPod>,
     pub servers: Vec<TcpListener>,
 }
 
 impl GivenPods {
+    /// Nothing yet, and never more pods than the kernel tables have room for.
+    pub fn new(max_pods: u32) -> Self {
+        let max_pods = usize::try_from(max_pods).unwrap_or(usize::MAX);
+        Self { max_pods, pins: None, pods: Vec::new(), servers: Vec::new() }
+    }
+
     /// Takes a message and what came with it. `true`: that was all.
     pub fn hear(
         &mut self,
@@ -181,6 +198,9 @@ impl GivenPods {
                     .map_err(|_| Fault::Descriptors { told: 1, came })?;
                 self.pins = Some(pins);
             }
+            Message::Pod(_) if self.pods.len() >= self.max_pods => {
+                return Err(Fault::TooManyPods(self.max_pods));
+            }
             Message::Pod(told) => {
                 let again = self.pods.iter().any(|pod| pod.netns.cookie().0 == told.cookie);
                 if again {
@@ -190,7 +210,10 @@ impl GivenPods {
                 self.pods.push(GivenPod::new(told, descriptors)?);
             }
             Message::Servers => {
-                self.servers.extend(descriptors.into_iter().map(TcpListener::from));
+                for descriptor in descriptors {
+                    check_socket(&descriptor, Type::STREAM).map_err(Fault::Server)?;
+                    self.servers.push(TcpListener::from(descriptor));
+                }
             }
             Message::Whole { pods } => {
                 none(descriptors)?;

@@ -167,6 +167,10 @@ pub enum Fault {
     Unreadable(String),
     #[error("a message was too long")]
     Truncated,
+    #[error("more than {0} pods")]
+    TooManyPods(usize),
+    #[error("the listener of a server {0}")]
+    Server(String),
     #[error("{came:?} instead of {wanted}")]
     Unexpected { wanted: &'static str, came: &'static str },
     #[error("{came} descriptors came with a message that names {told}")]

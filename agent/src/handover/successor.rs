@@ -59,7 +59,7 @@ impl Predecessor {
     /// Asks for all it has; it goes on serving. An agent that ends meanwhile leaves what it gave.
     pub async fn ask(self) -> Result<Bequest, HandoverError> {
         self.channel.send(&Message::Give, &[]).await?;
-        let mut given = GivenPods::default();
+        let mut given = GivenPods::new(self.greeting.max_pods);
         let channel = loop {
             match self.channel.receive_within(ANSWER_LIMIT).await {
                 Ok((message, descriptors)) => match given.hear(message, descriptors) {
@@ -74,7 +74,7 @@ impl Predecessor {
                 Err(error) => return Err(error),
             }
         };
-        let GivenPods { pins, pods, servers } = given;
+        let GivenPods { pins, pods, servers, .. } = given;
         Ok(Bequest { pins, pods, servers, from: self.greeting, channel })
     }
 

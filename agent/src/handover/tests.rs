@@ -209,7 +209,7 @@ async fn what_comes_without_being_promised_is_a_fault() {
         descriptors: vec![Role::Netns],
     };
     let file = || folder().into();
-    let hear = |message, descriptors| GivenPods::default().hear(message, descriptors);
+    let hear = |message, descriptors| GivenPods::new(4).hear(message, descriptors);
     for (message, descriptors) in [
         (Message::Pins, Vec::new()),
         (Message::Pins, vec![file(), file()]),
@@ -219,12 +219,15 @@ async fn what_comes_without_being_promised_is_a_fault() {
         (Message::Pod(PodTold { descriptors: Vec::new(), ..pod("nothing") }), Vec::new()),
         (Message::Whole { pods: 1 }, Vec::new()),
         (Message::Whole { pods: 0 }, vec![file()]),
+        (Message::Servers, vec![file()]),
         (Message::Yours, Vec::new()),
     ] {
         let text = format!("{message:?}");
         assert!(hear(message, descriptors).is_err(), "{text}");
     }
     assert_eq!(hear(Message::Whole { pods: 0 }, Vec::new()), Ok(true));
+    let beyond = GivenPods::new(0).hear(Message::Pod(pod("one more")), vec![file()]);
+    assert_eq!(beyond, Err(Fault::TooManyPods(0)));
 }
 
 #[tokio::test]

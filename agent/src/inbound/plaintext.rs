@@ -3,13 +3,17 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use culvert_core::admit::{self, Admission};
+use culvert_core::addr::Authority;
+use culvert_core::admit::{self, Admission, Inbound, Refusal};
 use culvert_core::workload::Workload;
 use tokio::net::TcpStream;
 
 use crate::accept::{reset, tune};
+use crate::ca::CaError;
+use crate::capture::direct::DirectFlow;
 use crate::capture::plaintext_dst;
 use crate::connections::{Direction, LiveConnection, Protocol};
+use crate::decide::decide;
 use crate::drain::DrainWatch;
 use crate::node::{Node, denial};
 use crate::pods::Pod;
@@ -38,70 +42,126 @@ pub(super) async fn carry(
         Ok(local) => local,
         Err(error) => return failed(tcp, &error),
     };
-    match admit::admit_plaintext(&node.mesh.snapshot(), &local, addressed, peer) {
-        Ok(admission) => judge(node, pod, tcp, peer, &local, admission, drain).await,
+    let arrival = Arrival { node, pod, peer, local, drain };
+    let flow = node.direct.as_ref().and_then(|direct| direct.handed(peer, addressed));
+    if let Some(flow) = flow {
+        return match arrival.admit_direct(&flow).await {
+            Ok((source, admission)) => arrival.judge(tcp, Some(source), admission).await,
+            Err(error) => failed(tcp, &error),
+        };
+    }
+    match admit::admit_plaintext(&node.mesh.snapshot(), &arrival.local, addressed, peer) {
+        Ok(admission) => arrival.judge(tcp, None, admission).await,
         Err(refusal) => failed(tcp, &refusal),
     }
 }
 
-async fn judge(
-    node: &Node,
-    pod: &Arc<Pod>,
-    tcp: TcpStream,
+/// A connection that has arrived.
+struct Arrival<'a> {
+    node: &'a Node,
+    pod: &'a Arc<Pod>,
     peer: SocketAddr,
-    local: &Arc<Workload>,
-    admission: Admission,
+    local: Arc<Workload>,
     drain: DrainWatch,
-) {
-    let to = admission.to.addr();
-    let snapshot = node.mesh.snapshot();
-    let open = node.telemetry.open(ConnectionContext {
-        reporter: Reporter::Destination,
-        source: snapshot.workload_at(&node.network, peer.ip()).cloned(),
-        source_identity: None,
-        baggage: None,
-        destination: Some(local.clone()),
-        destination_identity: None,
-        service: admission.service.clone(),
-        src: peer,
-        dst: to,
-        hbone_addr: None,
-        mutual_tls: false,
-    });
-    drop(snapshot);
-    let guard = node.connections.register(LiveConnection {
-        direction: Direction::Inbound,
-        protocol: Protocol::Tcp,
-        src: peer,
-        original_dst: None,
-        actual_dst: to,
-        pod: pod.uid.clone(),
-        workload: local.uid.clone(),
-        connection: Some(admission.connection.clone()),
-        source_identity: None,
-        destination_identity: None,
-        service: admission.service.as_ref().map(|service| service.hostname.clone()),
-        counters: open.counters(),
-    });
-    let permit = match node.authorize(local, &admission.connection) {
-        Ok(permit) => permit,
-        Err(denied) => {
-            reset(tcp);
-            let error = format!("connection closed due to policy rejection: {denied}");
-            return open.close(Err(Failure::denied(error, denial(&denied))));
+}
+
+/// Why a connection that was on its way straight to the pod goes no further.
+#[derive(Debug, thiserror::Error)]
+enum NotAdmitted {
+    #[error("the pod it comes from is not enrolled any more")]
+    Stranger,
+    #[error("identity error: {0}")]
+    Identity(Arc<CaError>),
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+}
+
+impl Arrival<'_> {
+    /// A direct connection whose verdict was taken back meanwhile: who it comes from is proven, and it
+    /// is judged as one that went through the agent all the way.
+    async fn admit_direct(
+        &self,
+        flow: &DirectFlow,
+    ) -> Result<(Arc<Workload>, Admission), NotAdmitted> {
+        let node = self.node;
+        let pods = node.mesh.pods();
+        let source = pods.iter().find(|(pod, _)| pod.netns.cookie() == flow.source);
+        let source = source
+            .and_then(|(_, uid)| Some(node.mesh.snapshot().workload(uid.as_deref()?)?.clone()));
+        let source = source.ok_or(NotAdmitted::Stranger)?;
+        let identity = source.identity();
+        for identity in [&identity, &self.local.identity()] {
+            node.certificates.fetch(identity).await.map_err(NotAdmitted::Identity)?;
         }
-    };
-    guard.entry().permitted(permit.to_string());
-    let server = match session::deliver(pod, &admission, permit).await {
-        Ok(server) => server,
-        Err(error) => {
-            reset(tcp);
-            let error = format!("connection failed: {error}");
-            return open.close(Err(Failure::new(ResponseFlag::Connect, error)));
-        }
-    };
-    let closing = Ends::of(&guard, drain, pod);
-    let counters = open.counters();
-    let relayed = relay::tcp_tcp(tcp, server, &*counters, closing.wait()).await;
-    open.close(session::outcome(relayed));
+        let authority = Authority::Addr(flow.server);
+        let inbound = Inbound {
+            local: &self.local,
+            addressed: flow.server.ip(),
+            peer: self.peer,
+            identity: &identity,
+            authority: &authority,
+            forwarded_host: None,
+            header_to: node.options.header_to,
+        };
+        let admission = decide(node, |view| admit::admit(view, &inbound)).await?;
+        Ok((source, admission))
+    }
+
+    /// `proven` is the source, where the kernel vouches for it.
+    async fn judge(self, tcp: TcpStream, proven: Option<Arc<Workload>>, admission: Admission) {
+        let Arrival { node, pod, peer, local, drain } = self;
+        let to = admission.to.addr();
+        let identities = proven.as_ref().map(|source| (source.identity(), local.identity()));
+        let (source_identity, destination_identity) = identities.unzip();
+        let snapshot = node.mesh.snapshot();
+        let open = node.telemetry.open(ConnectionContext {
+            reporter: Reporter::Destination,
+            source: proven.or_else(|| snapshot.workload_at(&node.network, peer.ip()).cloned()),
+            source_identity: source_identity.clone(),
+            baggage: None,
+            destination: Some(local.clone()),
+            destination_identity: destination_identity.clone(),
+            service: admission.service.clone(),
+            src: peer,
+            dst: to,
+            hbone_addr: None,
+            mutual_tls: source_identity.is_some(),
+        });
+        drop(snapshot);
+        let guard = node.connections.register(LiveConnection {
+            direction: Direction::Inbound,
+            protocol: Protocol::Tcp,
+            src: peer,
+            original_dst: None,
+            actual_dst: to,
+            pod: pod.uid.clone(),
+            workload: local.uid.clone(),
+            connection: Some(admission.connection.clone()),
+            source_identity,
+            destination_identity,
+            service: admission.service.as_ref().map(|service| service.hostname.clone()),
+            counters: open.counters(),
+        });
+        let permit = match node.authorize(&local, &admission.connection) {
+            Ok(permit) => permit,
+            Err(denied) => {
+                reset(tcp);
+                let error = format!("connection closed due to policy rejection: {denied}");
+                return open.close(Err(Failure::denied(error, denial(&denied))));
+            }
+        };
+        guard.entry().permitted(permit.to_string());
+        let server = match session::deliver(pod, &admission, permit).await {
+            Ok(server) => server,
+            Err(error) => {
+                reset(tcp);
+                let error = format!("connection failed: {error}");
+                return open.close(Err(Failure::new(ResponseFlag::Connect, error)));
+            }
+        };
+        let closing = Ends::of(&guard, drain, pod);
+        let counters = open.counters();
+        let relayed = relay::tcp_tcp(tcp, server, &*counters, closing.wait()).await;
+        open.close(session::outcome(relayed));
+    }
 }

@@ -53,6 +53,9 @@ pub(super) async fn carry(
             return refuse(flow.captured.tcp, source, Failure::new(ResponseFlag::Connect, error));
         }
     };
+    if let Some(direct) = &node.direct {
+        direct.offer(flow.captured.pod, flow.captured.original);
+    }
     let Captured { tcp, drain, pod: own, .. } = flow.captured;
     let (leaving, arriving) =
         (Ends::of(&guard, drain.clone(), own), Ends::of(&inbound_guard, drain, &pod));
@@ -60,16 +63,8 @@ pub(super) async fn carry(
     let (ours, theirs) = (source.counters(), inbound.counters());
     let relayed = relay::tcp_tcp(tcp, server, &Both(&ours, &theirs), closing).await;
     let outcome = session::outcome(relayed);
-    source.close(outcome.clone().map_err(as_source));
+    source.close(outcome.clone().map_err(session::as_source));
     inbound.close(outcome);
-}
-
-/// A policy is the destination's: it counts there, and the source tells of a connection that broke.
-fn as_source(failure: Failure) -> Failure {
-    match failure.denial {
-        Some(_) => Failure::new(ResponseFlag::Connect, failure.error),
-        None => failure,
-    }
 }
 
 async fn either(leaving: Ends<'_>, arriving: Ends<'_>) -> CloseReason {

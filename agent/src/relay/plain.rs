@@ -57,14 +57,15 @@ pub(super) async fn relay<C>(
         }
         Err(RelayError::Client(_)) => {
             there.pass_on_rest(|bytes| counters.received(bytes));
-            tcp::settled(server.stream()).await;
+            server.reset_last().await;
         }
         Err(RelayError::Server(_)) => {
             back.pass_on_rest(|bytes| counters.sent(bytes));
-            tcp::settled(client.stream()).await;
+            client.reset_last().await;
         }
         Err(RelayError::Tunnel(_) | RelayError::Closed(_)) => {
-            tcp::settled(server.stream()).await;
+            client.reset();
+            server.reset_last().await;
         }
     }
     result

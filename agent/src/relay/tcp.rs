@@ -11,6 +11,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep};
 
 use super::scratch;
+use crate::dial;
 
 /// Asks whether reading has stopped at urgent data (tcp(7), asm-generic/sockios.h).
 const SIOCATMARK: libc::c_ulong = 0x8905;
@@ -24,6 +25,9 @@ const SIOCOUTQNSD: libc::c_ulong = 0x894b;
 const SETTLE_LIMIT: Duration = Duration::from_millis(500);
 /// The first pause while waiting, and the longest.
 const SETTLE_PAUSES: (Duration, Duration) = (Duration::from_micros(100), Duration::from_millis(5));
+
+/// How long a peer may ask about a reset, which it does as soon as it has processed it.
+const ANSWER_TIME: Duration = Duration::from_millis(500);
 
 /// A connection that ends with a reset, unless it was declared finished: when dropped, and also
 /// when the agent is killed. The kernel closes its sockets then, and by itself would send FIN.
@@ -42,6 +46,40 @@ impl Tcp {
 
     pub(super) fn stream(&self) -> &TcpStream {
         &self.stream
+    }
+
+    /// Resets the connection now.
+    pub(super) fn reset(&self) {
+        let nobody =
+            libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+        let length = size_of_val(&nobody) as libc::socklen_t;
+        // SAFETY: the kernel reads `length` bytes of `nobody`. It disconnects (tcp(7)).
+        let _ = unsafe { libc::connect(self.stream.as_raw_fd(), &raw const nobody, length) };
+    }
+
+    /// Resets the connection after what was sent before, which it waits for with a bound, and sees
+    /// to it that the peer learns of the reset even when it overtakes some of that.
+    pub(super) async fn reset_last(&self) {
+        if !keeps_address(&self.stream) {
+            return self.reset();
+        }
+        self.settled().await;
+        let all_arrived = unacknowledged(&self.stream) == Some((0, 0));
+        let stand_in = if all_arrived { None } else { dial::stand_in(&self.stream).ok().flatten() };
+        self.reset();
+        if stand_in.is_some() {
+            sleep(ANSWER_TIME).await;
+        }
+    }
+
+    /// Waits, with a bound, until the peer has all that was sent, so that a reset cannot overtake it.
+    async fn settled(&self) {
+        let (begun, (mut pause, longest)) = (Instant::now(), SETTLE_PAUSES);
+        let in_flight = || unacknowledged(&self.stream).is_some_and(|(in_flight, _)| in_flight > 0);
+        while in_flight() && begun.elapsed() < SETTLE_LIMIT {
+            sleep(pause).await;
+            pause = (pause * 2).min(longest);
+        }
     }
 
     /// Both directions have ended cleanly: dropping closes in the ordinary way.
@@ -72,22 +110,6 @@ pub(super) async fn broken(stream: &TcpStream) -> io::Error {
     }
 }
 
-/// Waits, with a bound, until the peer has all that was sent, so that a reset cannot overtake it.
-///
-/// A reset that comes out of turn is asked about (RFC 5961, section 3.2), when its socket is gone.
-/// The kernel answers such questions with another reset, but in IPv4 not from an address that is not
-/// its own, as that of a client which an application is to see: the application would wait for ever.
-pub(super) async fn settled(stream: &TcpStream) {
-    if !keeps_address(stream) {
-        return;
-    }
-    let (begun, (mut pause, longest)) = (Instant::now(), SETTLE_PAUSES);
-    while is_in_flight(stream) && begun.elapsed() < SETTLE_LIMIT {
-        sleep(pause).await;
-        pause = (pause * 2).min(longest);
-    }
-}
-
 /// Whether the socket may have an address of somebody else.
 fn keeps_address(stream: &TcpStream) -> bool {
     let socket = SockRef::from(stream);
@@ -95,12 +117,10 @@ fn keeps_address(stream: &TcpStream) -> bool {
     v4() || socket.ip_transparent_v6().unwrap_or_default()
 }
 
-/// Whether something was sent and not acknowledged.
-fn is_in_flight(stream: &TcpStream) -> bool {
-    match (ask(stream, SIOCOUTQ), ask(stream, SIOCOUTQNSD)) {
-        (Some(waiting), Some(unsent)) => waiting > unsent,
-        _ => false,
-    }
+/// How many bytes were sent and not acknowledged, and how many wait to be sent.
+fn unacknowledged(stream: &TcpStream) -> Option<(libc::c_int, libc::c_int)> {
+    let unsent = ask(stream, SIOCOUTQNSD)?;
+    Some((ask(stream, SIOCOUTQ)? - unsent, unsent))
 }
 
 /// Reads what is there. A short read ends the readiness without a second system call: with

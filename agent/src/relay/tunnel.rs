@@ -96,11 +96,11 @@ pub(super) async fn relay<C>(
         }
         Err(End::Closed(_)) => {
             relay.stream.reset(Reason::CANCEL);
-            tcp::settled(tcp.stream()).await;
+            tcp.reset_last().await;
         }
         Err(End::Tunnel(_)) => {
             relay.download_rest();
-            tcp::settled(tcp.stream()).await;
+            tcp.reset_last().await;
         }
     }
     result

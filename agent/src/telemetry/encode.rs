@@ -51,14 +51,18 @@ impl<L: Hash + Eq + Clone> BoundedCounters<L> {
     }
 
     pub(super) fn increase(&self, labels: &L) {
+        self.add(labels, 1);
+    }
+
+    pub(super) fn add(&self, labels: &L, more: u64) {
         let mut counts = self.counts.lock();
         if let Some(count) = counts.get_mut(labels) {
-            *count += 1;
+            *count += more;
             return;
         }
         let full = counts.len() >= self.limit;
         let labels = if full { &self.overflow } else { labels };
-        *counts.entry(labels.clone()).or_default() += 1;
+        *counts.entry(labels.clone()).or_default() += more;
     }
 }
 

@@ -1,7 +1,7 @@
 //! One connection from its opening to its one outcome.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Telemetry;
 use super::access;
@@ -17,6 +17,8 @@ pub struct OpenConnection {
     series: Arc<Series>,
     counters: Arc<ByteCounters>,
     opened: Instant,
+    /// How long it lasted, where that is known better than by its opening.
+    lasted: Option<Duration>,
     settled: bool,
 }
 
@@ -28,7 +30,8 @@ impl OpenConnection {
     ) -> OpenConnection {
         let counters = series.open();
         access::opened(&context);
-        Self { telemetry, context, series, counters, opened: Instant::now(), settled: false }
+        let opened = Instant::now();
+        Self { telemetry, context, series, counters, opened, lasted: None, settled: false }
     }
 
     /// Where the relay adds the bytes it carried; without a lock and shared with no other
@@ -46,6 +49,17 @@ impl OpenConnection {
         self.settle(outcome);
     }
 
+    /// The same for a connection of which is heard later than it ended: it lasted this long.
+    pub fn close_after(mut self, lasted: Duration, outcome: Result<(), Failure>) {
+        self.lasted = Some(lasted);
+        self.settle(outcome);
+    }
+
+    /// The connection goes on when this agent ends: of its end another one tells.
+    pub fn hand_on(mut self) {
+        self.settled = true;
+    }
+
     fn settle(&mut self, outcome: Result<(), Failure>) {
         if std::mem::replace(&mut self.settled, true) {
             return;
@@ -55,7 +69,8 @@ impl OpenConnection {
         if let Some(denial) = outcome.as_ref().err().and_then(|failure| failure.denial.as_ref()) {
             self.telemetry.count_denial(denial);
         }
-        access::complete(&self.context, &self.counters, self.opened.elapsed(), &outcome);
+        let lasted = self.lasted.unwrap_or_else(|| self.opened.elapsed());
+        access::complete(&self.context, &self.counters, lasted, &outcome);
     }
 }
 

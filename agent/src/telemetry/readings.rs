@@ -22,6 +22,33 @@ pub struct KernelReading {
     pub flow_entries: Vec<(String, u64)>,
 }
 
+/// What the kernel admits by itself, and what it did so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DirectReading {
+    pub verdicts: u64,
+    /// Verdicts that found no room.
+    pub refused: u64,
+    /// Connections that went straight.
+    pub opened: u64,
+    /// The others went by the agent, though there was a verdict: the draw among the endpoints of a
+    /// service fell on one that is elsewhere,
+    pub elsewhere: u64,
+    /// the verdict had ended, or there was no agent for too long,
+    pub expired: u64,
+    /// the pod had too many direct connections,
+    pub full: u64,
+    /// the socket was special,
+    pub special: u64,
+    /// the pod that was drawn is leaving, or has lost its address,
+    pub backend_gone: u64,
+    /// or the verdict was taken back while the connection was on its way.
+    pub retracted: u64,
+    /// Connections that failed because they could not be noted.
+    pub unrecorded: u64,
+    /// Connections whose opening or end was not told.
+    pub events_lost: u64,
+}
+
 /// The state of a source of the mesh's configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceReading {
@@ -110,6 +137,38 @@ impl Reading for KernelReading {
             gauge(&mut family, &[("map", map.as_str())], *entries)?;
         }
         Ok(())
+    }
+}
+
+impl Reading for DirectReading {
+    fn encode(self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
+        let (name, help) = ("culvert_direct_verdicts", "Verdicts by which the kernel admits");
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        family.encode_gauge(&self.verdicts)?;
+        let (name, help) = ("culvert_direct_verdicts_refused", "Verdicts that found no room");
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        counter::<[(&str, &str); 0], _>(&mut family, &[], self.refused)?;
+        let mut family = encoder.encode_descriptor(
+            "culvert_direct_connections",
+            "Connections for which the kernel had a verdict, by what became of them",
+            None,
+            MetricType::Counter,
+        )?;
+        for (result, count) in [
+            ("direct", self.opened),
+            ("elsewhere", self.elsewhere),
+            ("expired", self.expired),
+            ("full", self.full),
+            ("special", self.special),
+            ("backend_gone", self.backend_gone),
+            ("retracted", self.retracted),
+            ("unrecorded", self.unrecorded),
+        ] {
+            counter(&mut family, &[("result", result)], count)?;
+        }
+        let (name, help) = ("culvert_direct_events_lost", "Openings and ends that were not told");
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        counter::<[(&str, &str); 0], _>(&mut family, &[], self.events_lost)
     }
 }
 

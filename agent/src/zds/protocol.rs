@@ -7,7 +7,7 @@ use std::sync::Arc;
 use culvert_proto::istio::workload::zds;
 use prost::Message;
 
-use super::packet::Packet;
+use crate::packet::Packet;
 
 /// The longest reason in an answer: istio-cni reads at most 1024 bytes.
 const MAX_REASON: usize = 900;

@@ -14,11 +14,13 @@ use std::time::{Duration, Instant};
 use culvert_agent::capture::{
     Capture, CaptureOptions, Listeners, Netns, PodSpec, detach, find_cgroup,
 };
-use culvert_core::addr::OriginalDst;
 use tracing::level_filters::LevelFilter;
 
 /// How long anything may take.
 pub const LIMIT: Duration = Duration::from_secs(20);
+
+/// More bytes than the headers of a segment have.
+const OVERHEAD: usize = 100;
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
@@ -34,6 +36,13 @@ pub fn ip_output(arguments: &str) -> String {
     let fine = output.status.success() || told.contains("FIB table does not exist");
     assert!(fine, "ip {arguments}: {told} (these tests need root on Linux)");
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Runs a command and expects success.
+pub fn run(command: &str, arguments: &[&str]) {
+    let output = Command::new(command).args(arguments).output().expect("the command runs");
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command} {arguments:?}: {told}");
 }
 
 /// Waits until something holds.
@@ -72,6 +81,8 @@ impl Node {
             pin_path: PathBuf::from("/sys/fs/bpf").join(&name),
             node: netns.cookie(),
             max_pods: 16,
+            max_verdicts: 64,
+            max_direct: 1024,
             log_level: LevelFilter::OFF,
         };
         Node { name, id, pods: AtomicU32::new(0), netns, options }
@@ -83,6 +94,19 @@ impl Node {
 
     pub fn capture(&self) -> Capture {
         Capture::start(&self.options).unwrap()
+    }
+
+    /// The node's end of a pod's link.
+    pub fn link_of(&self, pod: &Pod) -> String {
+        pod.host.clone()
+    }
+
+    /// Routes to a pod anew, after its link was down.
+    pub fn route_to(&self, pod: &Pod) {
+        let (node, host) = (&self.name, &pod.host);
+        ip(&format!("-n {node} route replace {}/32 dev {host}", pod.v4));
+        ip(&format!("-n {node} -6 addr replace fe80::1/64 dev {host} nodad"));
+        ip(&format!("-n {node} -6 route replace {}/128 dev {host}", pod.v6));
     }
 
     /// A pod with one address of each family, reachable from the node and from its other pods.
@@ -109,7 +133,7 @@ impl Node {
         ip(&format!("-n {name} route add default via 169.254.1.1 dev eth0"));
         ip(&format!("-n {name} -6 route add default via fe80::1 dev eth0"));
         let netns = Netns::open(format!("/run/netns/{name}")).unwrap();
-        Pod { name, netns, v4: v4.parse().unwrap(), v6: v6.parse().unwrap() }
+        Pod { name, host, netns, v4: v4.parse().unwrap(), v6: v6.parse().unwrap() }
     }
 }
 
@@ -125,6 +149,7 @@ impl Drop for Node {
 
 pub struct Pod {
     name: String,
+    host: String,
     pub netns: Netns,
     pub v4: IpAddr,
     pub v6: IpAddr,
@@ -171,15 +196,23 @@ impl Pod {
 
     /// Drops the next segment to a port that carries more than half of `length` bytes.
     pub fn lose_one_segment(&self, port: u16, length: usize) {
-        // Headers are below 100 bytes.
-        let (more, until) = (100 + length / 2, 100 + length);
+        self.lose_segments(port, length, &format!("quota until {} bytes", OVERHEAD + length));
+    }
+
+    /// Drops every segment to a port that carries more than half of `length` bytes.
+    pub fn lose_all_segments(&self, port: u16, length: usize) {
+        self.lose_segments(port, length, "");
+    }
+
+    fn lose_segments(&self, port: u16, length: usize, bound: &str) {
+        let more = OVERHEAD + length / 2;
         let rules = format!(
             "add table inet loss
              delete table inet loss
              table inet loss {{
                  chain arriving {{
                      type filter hook input priority 0
-                     tcp dport {port} meta length > {more} quota until {until} bytes drop
+                     tcp dport {port} meta length > {more} {bound} drop
                  }}
              }}"
         );
@@ -249,5 +282,5 @@ pub fn talk(from: &mut TcpStream, to: &mut TcpStream) {
 pub fn accept_captured(capture: &Capture, listeners: &Listeners) -> (TcpStream, SocketAddr) {
     let accepted = accept(&listeners.outbound);
     let original = capture.original_dst(&accepted).unwrap();
-    (accepted, original.map(OriginalDst::addr).expect("an original destination"))
+    (accepted, original.map(|original| original.to.addr()).expect("an original destination"))
 }

@@ -9,8 +9,13 @@
 
 use core::net::{Ipv4Addr, Ipv6Addr};
 
+mod counts;
+pub mod direct;
+
+pub use counts::Counts;
+
 /// Version of the layouts in this crate; kept in [`ABI_MAP`].
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Socket mark of the agent's connections out of a pod (`PACKET_MARK`). The rules that istio-cni puts
 /// into a pod let pass what carries it in its low 12 bits. Our own programs do not look at it: what
@@ -109,6 +114,10 @@ pub struct Abi {
     pub version: u32,
     /// How many pods they were made for.
     pub max_pods: u32,
+    /// How many verdicts they were made for.
+    pub max_verdicts: u32,
+    /// How many direct connections of one pod they were made for.
+    pub max_direct: u32,
 }
 
 /// An IP address in network byte order; IPv4 in its IPv4-mapped form (RFC 4291 section 2.5.5.2).
@@ -200,6 +209,38 @@ pub struct SocketState {
     pub original: Address,
     /// The pod's own address of that family, which `getsockname` tells instead of loopback.
     pub own: Address,
+    /// [`direct::Verdict::id`] that let a direct connection go, or whose draw led a captured one to
+    /// the agent; otherwise zero.
+    pub verdict: u64,
+    /// Namespace cookie of the pod that a direct connection goes to.
+    pub netns: u64,
+    /// What a direct connection is connected to.
+    pub backend: Address,
+    /// Port of that, in host byte order.
+    pub backend_port: u32,
+    /// A set of `SocketState::…`.
+    pub flags: u32,
+}
+
+impl SocketState {
+    /// The SYN of a direct connection carries [`direct::DIRECT_OPTION`].
+    pub const ANNOUNCED: u32 = 1;
+
+    /// One that is not about a direct connection.
+    #[inline(always)]
+    pub const fn new(role: SocketRole, original: Address, port: u32, own: Address) -> Self {
+        Self {
+            role: role as u32,
+            port,
+            original,
+            own,
+            verdict: 0,
+            netns: 0,
+            backend: Address::UNSPECIFIED,
+            backend_port: 0,
+            flags: 0,
+        }
+    }
 }
 
 /// Why a socket carries a [`SocketState`].
@@ -217,6 +258,8 @@ pub enum SocketRole {
     /// An application's unconnected UDP socket, whose questions were sent to the agent instead of
     /// `original`: the server that it asked last.
     Asking = 4,
+    /// An application's socket, connected to another pod of this node without the agent.
+    Direct = 5,
 }
 
 /// A connection that is on its way to the agent. Its other port is always [`OUTBOUND_PORT`].
@@ -240,6 +283,8 @@ pub struct Flow {
     /// In host byte order.
     pub port: u32,
     pub reserved: u32,
+    /// [`SocketState::verdict`]
+    pub verdict: u64,
 }
 
 /// A connection that the node itself opens to an enrolled pod.
@@ -282,55 +327,17 @@ impl ListenerKey {
     }
 }
 
-/// What the programs did, since their maps were made; one per CPU.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// Outbound connections taken to the agent.
-    pub captured: u64,
-    /// Outbound connections left alone: to loopback or to the pod itself.
-    pub passed_own: u64,
-    /// Outbound connections left alone: excluded port or range.
-    pub passed_excluded: u64,
-    /// Outbound connections of the agent itself.
-    pub passed_agent: u64,
-    /// Outbound connections refused: the pod has no address of the destination's family.
-    pub refused_family: u64,
-    /// Captured connections that the agent will refuse: the pod's flow table is full.
-    pub refused_full: u64,
-    /// Captured connections refused for want of the agent's outbound listener.
-    pub refused_outbound: u64,
-    /// Connections that reached the agent's outbound listener without a flow.
-    pub missing: u64,
-    /// Inbound connections handed to the agent's plaintext listener.
-    pub inbound_plaintext: u64,
-    /// Inbound connections handed to the agent's HBONE listener.
-    pub inbound_hbone: u64,
-    /// Inbound connections left alone: excluded port.
-    pub inbound_excluded: u64,
-    /// Inbound connections left alone: opened by the node itself.
-    pub inbound_node: u64,
-    /// Inbound connections refused for want of a listener, or because they named a port of the agent.
-    pub inbound_refused: u64,
-    /// Connections of the node that go by the agent because the table of probes is full.
-    pub probes_full: u64,
-    /// Taken to the agent's DNS listeners: connections and connected UDP sockets to a DNS server,
-    /// and datagrams that unconnected ones sent to one.
-    pub captured_dns: u64,
-}
-
 const _: () = {
-    assert!(size_of::<Abi>() == 8);
+    assert!(size_of::<Abi>() == 16);
     assert!(size_of::<Address>() == 16);
     assert!(size_of::<Pod>() == 36);
     assert!(size_of::<ExcludedPort>() == 16);
     assert!(size_of::<ExcludedNet>() == 28);
-    assert!(size_of::<SocketState>() == 40);
+    assert!(size_of::<SocketState>() == 80);
     assert!(size_of::<FlowKey>() == 36);
-    assert!(size_of::<Flow>() == 32);
+    assert!(size_of::<Flow>() == 40);
     assert!(size_of::<Probe>() == 40);
     assert!(size_of::<ListenerKey>() == 16);
-    assert!(size_of::<Counts>() == 15 * 8);
 };
 
 /// Longer names would be cut off in the kernel.
@@ -428,6 +435,9 @@ impl Address {
 mod user {
     use core::net::{IpAddr, Ipv6Addr};
 
+    use super::direct::{
+        Agent, Backend, DirectCounts, DirectFlow, DirectKey, FlowEvent, Live, Verdict, VerdictKey,
+    };
     use super::*;
 
     macro_rules! pod {
@@ -449,7 +459,16 @@ mod user {
         Flow,
         Probe,
         ListenerKey,
-        Counts
+        Counts,
+        VerdictKey,
+        Verdict,
+        Backend,
+        DirectKey,
+        DirectFlow,
+        Live,
+        Agent,
+        FlowEvent,
+        DirectCounts
     );
 
     impl From<IpAddr> for Address {

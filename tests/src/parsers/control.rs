@@ -8,9 +8,10 @@ use std::sync::{Arc, LazyLock};
 
 use culvert_agent::ca::parse_chain;
 use culvert_agent::handover;
+use culvert_agent::packet::Packet;
 use culvert_agent::tls::{Issued, Trust, WorkloadCertificate};
 use culvert_agent::xds::{Address, Decoder, FrameError, Frames, Part, Rejection};
-use culvert_agent::zds::{Conversation, Order, Packet};
+use culvert_agent::zds::{Conversation, Order};
 use culvert_core::authorization::Connection;
 use culvert_core::identity::Identity;
 use culvert_core::snapshot::{Change, Snapshot};
@@ -150,7 +151,7 @@ pub(super) fn zds_packets(bytes: &[u8]) {
 
 /// What another agent gives: packets, each after its length and its number of descriptors.
 pub(super) fn handover_packets(bytes: &[u8]) {
-    let mut given = handover::GivenPods::default();
+    let mut given = handover::GivenPods::new(16);
     let mut rest = bytes;
     while let Some((&[low, high, descriptors], further)) = rest.split_first_chunk() {
         let length = usize::from(u16::from_le_bytes([low, high]));

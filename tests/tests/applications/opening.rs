@@ -66,6 +66,7 @@ pub fn full_accept_queue_delays_data(stage: &Stage) -> Result<()> {
 fn queue_up(stage: &Stage) -> Result<(std::net::TcpListener, Socket)> {
     let listener = stage.listen_at("server", 0, 0)?;
     let to = SocketAddr::new(stage.ip("server"), listener.local_addr()?.port());
+    stage.warm(&listener, to)?;
     let first = stage.connect(to)?;
     ensure!(socket::readable_within(&listener, LIMIT)?, "the first does not arrive");
     let second = stage.socket()?;

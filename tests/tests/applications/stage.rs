@@ -8,7 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use culvert_lab::agent::Agent;
 use culvert_lab::mesh::{Match, Mesh, PodSpec, PolicySpec, Running, ServiceSpec};
-use culvert_tests::binary;
+use culvert_lab::wait;
+use culvert_tests::direct::{self, Verdict};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 /// How long one step may take on a loaded machine.
@@ -31,10 +32,12 @@ pub const GUARDED_TARGET: u16 = 7081;
 pub enum Path {
     /// Two nodes without agents.
     Plain,
-    /// Both pods on one node with an agent.
+    /// Both pods on one node with an agent, which carries everything.
     Same,
     /// Pods on two nodes, each with an agent.
     Cross,
+    /// Both pods on one node, carried by the kernel.
+    Direct,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,7 +88,7 @@ impl Ground {
         };
         let mesh = match path {
             Path::Plain => Mesh::new(),
-            Path::Same | Path::Cross => culvert_tests::mesh(),
+            Path::Same | Path::Cross | Path::Direct => culvert_tests::mesh(),
         };
         let mesh = mesh
             .node("a")
@@ -95,7 +98,7 @@ impl Ground {
         // The excluded pod is the first of node b: its addresses are those of the exclusion.
         let excluded = PodSpec::outside("excluded", "away", "excluded");
         let mesh = match path {
-            Path::Same => at_server(mesh, server).node("b").pod_with(excluded),
+            Path::Same | Path::Direct => at_server(mesh, server).node("b").pod_with(excluded),
             Path::Plain | Path::Cross => at_server(mesh.node("b").pod_with(excluded), server),
         };
         let rule = |port| vec![vec![vec![Match::any().port(port)]]];
@@ -139,7 +142,7 @@ impl Ground {
     pub fn nodes(&self) -> &'static [&'static str] {
         match self.path {
             Path::Plain => &[],
-            Path::Same => &["a"],
+            Path::Same | Path::Direct => &["a"],
             Path::Cross => &["a", "b"],
         }
     }
@@ -155,7 +158,12 @@ impl Ground {
     }
 
     pub fn start_agent(&mut self, node: &'static str) -> Result<()> {
-        let agent = self.mesh.agent(node, &binary())?;
+        let same_node = match self.path {
+            Path::Direct => "kernel",
+            Path::Plain | Path::Same | Path::Cross => "agent",
+        };
+        let options = direct::with(&self.mesh, &[("CULVERT_SAME_NODE", same_node)]);
+        let agent = self.mesh.agent_with(node, &options)?;
         self.agents.push((node, agent));
         Ok(())
     }
@@ -224,7 +232,24 @@ impl Stage<'_> {
 
     /// Whether an agent carries the connection.
     pub fn carried(&self) -> bool {
-        self.path() != Path::Plain
+        matches!(self.path(), Path::Same | Path::Cross)
+    }
+
+    /// Where the kernel is to carry connections to `listener`, lets one go before, through the agent.
+    pub fn warm(&self, listener: &TcpListener, to: SocketAddr) -> Result<()> {
+        if self.path() != Path::Direct {
+            return Ok(());
+        }
+        let (_, agent) = self.ground.agents.first().context("no agent")?;
+        let mut first = Pair { client: self.connect(to)?, server: accept(listener)? };
+        first.talk()?;
+        drop(first);
+        wait::until_some(format!("a verdict on {to}"), LIMIT, || {
+            match direct::verdict(agent, "web/client", (to.ip(), to.port()))? {
+                Verdict::Given => Ok(()),
+                Verdict::Missing(because) => bail!("{because}"),
+            }
+        })
     }
 
     pub fn ip(&self, pod: &str) -> IpAddr {
@@ -292,17 +317,16 @@ impl Stage<'_> {
 
     pub fn listen_in(&self, pod: &str) -> Result<(TcpListener, SocketAddr)> {
         let listener = self.listen_at(pod, 0, 128)?;
-        let port = listener.local_addr()?.port();
-        Ok((listener, SocketAddr::new(self.ip(pod), port)))
+        let to = SocketAddr::new(self.ip(pod), listener.local_addr()?.port());
+        self.warm(&listener, to)?;
+        Ok((listener, to))
     }
 
     /// An address of the server's pod where nobody listens.
     pub fn closed(&self) -> Result<SocketAddr> {
-        // Bound, so that nobody else gets it, and not listening.
-        let socket = self.socket_in("server", Type::STREAM, Some(Protocol::TCP))?;
-        socket.bind(&SocketAddr::new(self.any(), 0).into())?;
-        let port = socket.local_addr()?.as_socket().context("no address")?.port();
-        Ok(SocketAddr::new(self.ip("server"), port))
+        let (listener, to) = self.listen()?;
+        drop(listener);
+        Ok(to)
     }
 
     pub fn connect(&self, to: SocketAddr) -> Result<TcpStream> {

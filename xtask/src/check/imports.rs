@@ -20,7 +20,7 @@ const ROOMS: [(&[&str], &[&str]); 8] = [
         &["prost", "prost_types", "tonic", "tonic_prost", "culvert_proto"],
         &["xds", "ca", "control", "zds"],
     ),
-    (&["tokio_seqpacket"], &["zds", "handover"]),
+    (&["tokio_seqpacket"], &["packet", "zds", "handover"]),
     (&["serde_yaml_ng"], &["file", "config"]),
     (&["hickory_proto", "hickory_resolver"], &["dns"]),
 ];

@@ -96,6 +96,15 @@ impl MemberIndex {
         self.members_of(service).map_or(0, |members| members.workloads.len())
     }
 
+    /// Whether no workload of the service came, went or changed between the two.
+    pub fn shares_with(&self, other: &Self, service: &NamespacedHostname) -> bool {
+        match (self.members_of(service), other.members_of(service)) {
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            (None, None) => true,
+            (Some(_), None) | (None, Some(_)) => false,
+        }
+    }
+
     fn members_of(&self, service: &NamespacedHostname) -> Option<&Arc<Members>> {
         self.0.find(self.0.hash(service), |members| members.service == *service)
     }

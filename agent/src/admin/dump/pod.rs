@@ -24,6 +24,8 @@ pub struct Pod {
     /// The namespace's cookie (`SO_NETNS_COOKIE`, Linux 5.14).
     pub cookie: u64,
     pub addresses: Vec<IpAddr>,
+    /// To how many destinations the kernel lets it connect by itself.
+    pub verdicts: usize,
     pub state: PodState,
     pub certificate: CertificateStatus,
 }

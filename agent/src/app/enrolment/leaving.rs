@@ -43,8 +43,15 @@ impl Enrolment {
     pub(super) async fn withdraw(&self, enrolled: EnrolledPod, gone: bool) {
         let EnrolledPod { pod, listeners, spec, .. } = enrolled;
         let beside_cni = spec.beside_cni;
-        let (capture, cookie) = (self.node.capture.clone(), pod.netns.cookie());
-        let withdrawn = tokio::task::spawn_blocking(move || capture.withdraw(cookie)).await;
+        let (capture, netns) = (self.node.capture.clone(), pod.netns.clone());
+        let withdrawn = tokio::task::spawn_blocking(move || {
+            // While the programs still judge what it lets past.
+            if beside_cni && let Err(error) = netns.stop_direct_passing() {
+                tracing::debug!(netns = %netns.cookie(), %error, "direct connections pass on");
+            }
+            capture.withdraw(netns.cookie())
+        })
+        .await;
         match withdrawn {
             Ok(Ok(())) => tracing::info!(pod = %pod.claim, uid = %pod.uid, gone, "pod withdrawn"),
             Ok(Err(error)) => tracing::error!(pod = %pod.claim, %error, "cannot withdraw pod"),

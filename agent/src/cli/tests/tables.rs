@@ -142,15 +142,15 @@ fn pods_show_state_and_connections() {
         {"workload": "c1//Pod/web/front-1", "name": "front-1", "namespace": "web",
          "serviceAccount": "front", "netns": "/run/netns/front", "cookie": 7,
          "addresses": ["10.2.0.3", "fd00:2::3"], "state": "Enrolled", "certificate": "Available",
-         "connections": {"inbound": 1, "outbound": 2}},
+         "connections": {"inbound": 1, "outbound": 2}, "verdicts": 4},
         {"workload": "c1//Pod/web/front-2", "state": "Failed: no such namespace", "certificate": null},
     ]);
     shows(
         &lists::pods(&serde_json::from_value::<Vec<_>>(pods).unwrap()).render(),
         &[
-            "NAMESPACE   POD NAME              SERVICE ACCOUNT   ADDRESS              STATE                       CERTIFICATE   INBOUND   OUTBOUND   NETNS",
-            "web         front-1               front             10.2.0.3,fd00:2::3   Enrolled                    Available     1         2          /run/netns/front",
-            "-           c1//Pod/web/front-2   -                 -                    Failed: no such namespace   -             0         0          -",
+            "NAMESPACE   POD NAME              SERVICE ACCOUNT   ADDRESS              STATE                       CERTIFICATE   INBOUND   OUTBOUND   VERDICTS   NETNS",
+            "web         front-1               front             10.2.0.3,fd00:2::3   Enrolled                    Available     1         2          4          /run/netns/front",
+            "-           c1//Pod/web/front-2   -                 -                    Failed: no such namespace   -             0         0          0          -",
         ],
     );
 }
@@ -194,7 +194,7 @@ fn status_shows_a_refused_edit() {
         "connections": {"inbound": 3, "outbound": 4},
         "kernel": {"cgroup": "/sys/fs/cgroup", "pinPath": "/sys/fs/bpf/culvert",
                    "programs": [{"name": "connect4", "id": 17}, {"name": "lookup", "id": 18}],
-                   "flowEntries": 9},
+                   "flowEntries": 9, "verdicts": 6},
     });
     shows(
         &status::text(&serde_json::from_value(answer).unwrap()),
@@ -210,6 +210,7 @@ fn status_shows_a_refused_edit() {
             "Kernel         attached to /sys/fs/cgroup, pinned in /sys/fs/bpf/culvert",
             "               connect4 (id 17), lookup (id 18)",
             "               9 flow entries",
+            "               admits by 6 verdicts",
         ],
     );
 }

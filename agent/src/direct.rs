@@ -1,0 +1,280 @@
+//! Connections between pods of this node that the kernel carries: which it may admit, and what is
+//! told of them.
+//!
+//! The first connection to a destination goes through the agent. When it was admitted, the kernel is
+//! given a verdict for all that follow, for as long as `core::verdict` says the same of them. They go
+//! from application to application, also while no agent runs. What happens to them is heard from the
+//! kernel, and told as of any other connection; one that is no longer permitted is ended.
+
+mod flows;
+mod meter;
+mod table;
+mod verdicts;
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use culvert_core::addr::OriginalDst;
+use culvert_core::tables::{NetnsCookie, VerdictId, VerdictKey};
+use culvert_core::view::Coverage;
+use futures_util::future::join_all;
+use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
+use tokio_util::sync::CancellationToken;
+
+use crate::ca::Certificates;
+use crate::capture::Redirection;
+use crate::capture::direct::{DirectFlow, SocketCookie};
+use crate::node::{LocalPods, Mesh, Node};
+use crate::pods::Pod;
+use crate::telemetry::DirectReading;
+
+pub use table::{Grant, LocalPod};
+pub use verdicts::{NoVerdict, Terms};
+
+use flows::Live;
+use verdicts::Verdicts;
+
+/// How many destinations may wait for their verdict.
+const OFFERS: usize = 1024;
+/// The longest time between two looks at what verdicts depend on besides the mesh: certificates, and
+/// that there is an agent.
+const LONGEST_BEAT: Duration = Duration::from_secs(10);
+/// How long an agent that starts waits for the pods and certificates of an earlier one's verdicts.
+const ADOPTION_LIMIT: Duration = Duration::from_secs(20);
+/// How often it looks meanwhile.
+const ADOPTION_LOOK: Duration = Duration::from_millis(20);
+/// How many connections are remembered that the agent carries at their destination's end.
+const HANDED: usize = 1024;
+
+/// The kernel's share of the connections between pods of this node. Cloning copies a pointer.
+#[derive(Clone)]
+pub struct Direct(Arc<Inner>);
+
+struct Inner {
+    verdicts: Verdicts,
+    offers: mpsc::Sender<VerdictKey>,
+    offered: Mutex<Option<mpsc::Receiver<VerdictKey>>>,
+    /// Connections whose verdict was taken back while they were on their way: the agent has accepted
+    /// them in the destination's place, and tells of them there.
+    handed: Mutex<VecDeque<SocketCookie>>,
+    live: Mutex<HashMap<SocketCookie, Live>>,
+    stopped: CancellationToken,
+}
+
+impl Direct {
+    /// `None` where the kernel can admit nothing. `irrevocable`: also where the agent could not end
+    /// what it has admitted.
+    pub fn new(
+        capture: Redirection,
+        certificates: Arc<Certificates>,
+        terms: Terms,
+        irrevocable: bool,
+    ) -> Option<Self> {
+        capture.direct()?;
+        if !irrevocable && !verdicts::is_revocable(&capture) {
+            tracing::warn!(
+                "the kernel cannot end connections on the agent's word (CONFIG_INET_DIAG_DESTROY): \
+                 those within the node go through the agent"
+            );
+            return None;
+        }
+        let (offers, offered) = mpsc::channel(OFFERS);
+        Some(Self(Arc::new(Inner {
+            verdicts: Verdicts::new(capture, certificates, terms),
+            offers,
+            offered: Mutex::new(Some(offered)),
+            handed: Mutex::default(),
+            live: Mutex::default(),
+            stopped: CancellationToken::new(),
+        })))
+    }
+
+    /// Takes verdicts back with each publication, before whoever published goes on.
+    pub fn follow(&self, mesh: &Mesh) {
+        // What the mesh holds must not keep the mesh.
+        let inner = Arc::downgrade(&self.0);
+        mesh.follow(Box::new(move |publication| {
+            if let Some(inner) = inner.upgrade() {
+                inner.verdicts.follow(publication);
+            }
+        }));
+    }
+
+    /// Leaves verdicts and connections as they are to another agent, which is there already: from now
+    /// on this one neither gives nor takes back, and tells of nothing.
+    pub fn stop(&self) {
+        self.0.verdicts.stop();
+        self.0.stopped.cancel();
+    }
+
+    /// A connection of `source` was admitted: those that follow may go straight. Costs nothing where
+    /// they do already.
+    pub fn offer(&self, source: &Pod, to: OriginalDst) {
+        let key = VerdictKey { source: source.netns.cookie(), destination: to.addr() };
+        // Where there is no room now, the next connection offers the same.
+        let _ = self.0.offers.try_send(key);
+    }
+
+    /// The verdict with this number, also if it was taken back not long ago.
+    pub fn verdict(&self, id: VerdictId) -> Option<Arc<Grant>> {
+        self.0.verdicts.find(id)
+    }
+
+    /// The direct connection that arrived with these addresses at the agent, because its verdict was
+    /// taken back while it was on its way. Who it comes from is proven by the kernel.
+    pub fn handed(&self, client: SocketAddr, server: SocketAddr) -> Option<DirectFlow> {
+        let kernel = self.0.verdicts.capture().direct()?;
+        let flow = match kernel.flow(client, server) {
+            Ok(flow) => flow?,
+            Err(error) => {
+                tracing::warn!(%client, %server, %error, "cannot tell whose connection this is");
+                return None;
+            }
+        };
+        let mut handed = self.0.handed.lock();
+        handed.push_back(flow.socket);
+        if handed.len() > HANDED {
+            handed.pop_front();
+        }
+        Some(flow)
+    }
+
+    /// Ready when verdicts of these pods were taken back.
+    async fn taken_back(&self) -> Vec<NetnsCookie> {
+        self.0.verdicts.taken_back().await
+    }
+
+    fn coverage(&self) -> Coverage {
+        self.0.verdicts.terms().coverage
+    }
+
+    fn live(&self) -> MutexGuard<'_, HashMap<SocketCookie, Live>> {
+        self.0.live.lock()
+    }
+
+    /// Counts what live connections have carried so far. Blocks for some microseconds for each.
+    pub fn measure(&self, pods: &LocalPods) {
+        let meters: Vec<_> = self.live().values().map(|live| live.meter.clone()).collect();
+        meter::read(&meters, pods);
+    }
+
+    fn is_handed(&self, socket: SocketCookie) -> bool {
+        self.0.handed.lock().contains(&socket)
+    }
+
+    /// The verdict that holds for connections from a workload of this node; none yet; or why none.
+    pub fn explain(
+        &self,
+        mesh: &Mesh,
+        source: &str,
+        to: SocketAddr,
+    ) -> Result<Option<VerdictId>, NoVerdict> {
+        self.0.verdicts.explain(mesh, source, to)
+    }
+
+    /// How many verdicts a pod has.
+    pub fn verdicts_of(&self, pod: NetnsCookie) -> usize {
+        self.0.verdicts.count_of(pod)
+    }
+
+    pub fn reading(&self) -> DirectReading {
+        let counts = self.0.verdicts.capture().direct().map(|kernel| kernel.counts());
+        let counts = match counts {
+            Some(Ok(counts)) => counts,
+            Some(Err(error)) => {
+                tracing::warn!(%error, "cannot read the kernel's counters");
+                Default::default()
+            }
+            None => Default::default(),
+        };
+        DirectReading {
+            verdicts: self.0.verdicts.count() as u64,
+            refused: self.0.verdicts.refused(),
+            opened: counts.opened,
+            elsewhere: counts.elsewhere,
+            expired: counts.expired,
+            full: counts.full,
+            special: counts.special,
+            retracted: counts.retracted,
+            backend_gone: counts.backend_gone,
+            unrecorded: counts.unrecorded,
+            events_lost: counts.events_lost,
+        }
+    }
+
+    /// Serves for as long as it is polled. `synced` is ready when there is a whole mesh to decide on.
+    pub async fn run(self, node: Arc<Node>, synced: impl Future<Output = ()>) {
+        let Some(mut offered) = self.0.offered.lock().take() else { return };
+        synced.await;
+        self.await_pods(&node).await;
+        let verdicts = &self.0.verdicts;
+        if let Err(error) = verdicts.adopt(&node.mesh) {
+            return tracing::error!(%error, "the kernel admits nothing by itself");
+        }
+        let following = flows::follow(self.clone(), node.clone());
+        tokio::pin!(following);
+        let beat = (verdicts.terms().admit_time / 4).min(LONGEST_BEAT);
+        let mut beats = interval(beat);
+        beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                Some(key) = offered.recv() => verdicts.grant(&node.mesh, key),
+                _ = beats.tick() => if let Err(error) = verdicts.extend(&node.mesh) {
+                    tracing::error!(%error, "cannot extend the time of admission");
+                },
+                () = &mut following => return,
+                () = self.0.stopped.cancelled() => return,
+            }
+        }
+    }
+
+    /// An agent that starts finds verdicts of an earlier one. What their pods are, and that they have
+    /// certificates, shows in a moment; what does not is taken back.
+    async fn await_pods(&self, node: &Node) {
+        let deadline = Instant::now() + ADOPTION_LIMIT;
+        let Some(kernel) = self.0.verdicts.capture().direct() else { return };
+        let found = match kernel.verdicts() {
+            Ok(found) => found,
+            Err(_told_by_adopt) => return,
+        };
+        let pods = found.iter().flat_map(|(key, verdict)| {
+            verdict.backends.iter().map(|backend| backend.netns).chain([key.source])
+        });
+        let pods: HashSet<NetnsCookie> = pods.collect();
+        let known = || {
+            // Those whose namespace is gone, or that nobody wants any more, are no longer there.
+            let captured = node.capture.pods();
+            let snapshot = node.mesh.snapshot();
+            let local = node.mesh.pods();
+            let of = |cookie: &NetnsCookie| {
+                let (_, uid) = local.iter().find(|(pod, _)| pod.netns.cookie() == *cookie)?;
+                Some(snapshot.workload(uid.as_deref()?)?.identity())
+            };
+            pods.iter().filter(|pod| captured.contains(pod)).map(of).collect::<Option<Vec<_>>>()
+        };
+        let waiting = async {
+            let mut looks = interval(ADOPTION_LOOK);
+            loop {
+                looks.tick().await;
+                if let Some(identities) = known() {
+                    let certificates = identities.iter().map(|id| node.certificates.fetch(id));
+                    join_all(certificates).await;
+                    return;
+                }
+            }
+        };
+        if timeout_at(deadline, waiting).await.is_err() {
+            tracing::warn!("not all pods of the kernel's verdicts are known");
+        }
+    }
+}
+
+impl std::fmt::Debug for Direct {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.verdicts.fmt(f)
+    }
+}

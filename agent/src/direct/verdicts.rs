@@ -1,0 +1,464 @@
+//! Which verdicts the kernel is given, and when they are taken back.
+//!
+//! A verdict is decided and written under one lock, on what is published then; each publication takes
+//! the same lock and decides anew what it touches. So none is in the kernel that what is published
+//! would not give, once whoever published is told so.
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use culvert_core::addr::OriginalDst;
+use culvert_core::identity::Identity;
+use culvert_core::route::Outbound;
+use culvert_core::snapshot::Snapshot;
+use culvert_core::tables::{self, NetnsCookie, VerdictId, VerdictKey};
+use culvert_core::verdict::{self, AskAgent, Verdict};
+use culvert_core::view::{Answers, Coverage, Enrolled, View};
+use culvert_core::workload::Workload;
+use parking_lot::Mutex;
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use tokio::sync::Notify;
+
+use super::table::{Grant, LocalPod, Room, Table};
+use crate::ca::Certificates;
+use crate::capture::direct::since_boot;
+use crate::capture::{self, CaptureError, Redirection};
+use crate::node::{LocalPods, Mesh, Publication};
+
+/// A certificate that was renewed moves the end of a verdict by more than this.
+const RENEWED: Duration = Duration::from_secs(1);
+
+/// What verdicts are decided by, besides the mesh.
+#[derive(Clone, Debug)]
+pub struct Terms {
+    /// The agent's own network and node.
+    pub network: Arc<str>,
+    pub node: Arc<str>,
+    pub coverage: Coverage,
+    /// How many verdicts one pod may have.
+    pub per_pod: usize,
+    /// How long they count without an agent.
+    pub admit_time: Duration,
+}
+
+/// Why the kernel has no verdict.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoVerdict {
+    #[error("the pod is not enrolled, or its workload is not known")]
+    Unknown,
+    #[error(transparent)]
+    Ask(#[from] AskAgent),
+    #[error("there is no certificate of {0}")]
+    NoCertificate(Identity),
+}
+
+/// The verdicts of one agent.
+pub(super) struct Verdicts {
+    capture: Redirection,
+    certificates: Arc<Certificates>,
+    terms: Terms,
+    state: Mutex<State>,
+    /// Verdicts that found no room.
+    refused: AtomicU64,
+    /// Whose verdicts were taken back since somebody asked.
+    touched: Mutex<HashSet<NetnsCookie>>,
+    touch: Notify,
+}
+
+struct State {
+    table: Table,
+    /// Verdicts of an earlier agent have been decided anew: from then on there are new ones.
+    ready: bool,
+    /// Another agent gives verdicts and takes them back.
+    stopped: bool,
+    /// What the kernel did not let go of. As long as there is any, nothing extends the time for
+    /// which verdicts count.
+    stuck: Vec<VerdictKey>,
+    pods: Arc<PodIndex>,
+}
+
+/// The enrolled pods whose workload is known.
+#[derive(Default)]
+struct PodIndex {
+    of: Arc<LocalPods>,
+    by_netns: HashMap<NetnsCookie, (LocalPod, Arc<str>)>,
+    by_workload: HashMap<Arc<str>, LocalPod>,
+}
+
+impl PodIndex {
+    fn new(pods: &Arc<LocalPods>) -> Self {
+        let known = pods.iter().filter_map(|(pod, workload)| {
+            let netns = pod.netns.cookie();
+            Some((LocalPod { uid: pod.uid.clone(), netns }, workload.clone()?))
+        });
+        let known: Vec<_> = known.collect();
+        Self {
+            of: pods.clone(),
+            by_workload: known.iter().cloned().map(|(pod, uid)| (uid, pod)).collect(),
+            by_netns: known.into_iter().map(|(pod, uid)| (pod.netns, (pod, uid))).collect(),
+        }
+    }
+}
+
+/// What is published.
+struct World<'a> {
+    snapshot: &'a Snapshot,
+    enrolled: &'a Enrolled,
+    pods: &'a PodIndex,
+}
+
+impl Verdicts {
+    pub fn new(capture: Redirection, certificates: Arc<Certificates>, terms: Terms) -> Self {
+        // The clock has passed whatever number an earlier agent of this machine's run reached.
+        let first = u64::try_from(since_boot().as_nanos()).unwrap_or(u64::MAX);
+        let state = State {
+            table: Table::new(terms.per_pod, first),
+            ready: false,
+            stopped: false,
+            stuck: Vec::new(),
+            pods: Arc::default(),
+        };
+        Self {
+            capture,
+            certificates,
+            terms,
+            state: Mutex::new(state),
+            refused: AtomicU64::new(0),
+            touched: Mutex::default(),
+            touch: Notify::new(),
+        }
+    }
+
+    /// Ready when verdicts of these pods were taken back since the last call.
+    pub async fn taken_back(&self) -> Vec<NetnsCookie> {
+        loop {
+            let touched = std::mem::take(&mut *self.touched.lock());
+            if !touched.is_empty() {
+                return touched.into_iter().collect();
+            }
+            self.touch.notified().await;
+        }
+    }
+
+    pub fn capture(&self) -> &Redirection {
+        &self.capture
+    }
+
+    pub fn terms(&self) -> &Terms {
+        &self.terms
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.state.lock().table.len()
+    }
+
+    pub fn count_of(&self, pod: NetnsCookie) -> usize {
+        self.state.lock().table.count_of(pod)
+    }
+
+    /// How many found no room so far.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    /// Also one that was taken back not long ago.
+    pub fn find(&self, id: VerdictId) -> Option<Arc<Grant>> {
+        self.state.lock().table.find(id).cloned()
+    }
+
+    /// What holds for connections of a workload of this node, or would if one were made.
+    pub fn explain(
+        &self,
+        mesh: &Mesh,
+        source: &str,
+        to: SocketAddr,
+    ) -> Result<Option<VerdictId>, NoVerdict> {
+        let mut state = self.state.lock();
+        let (snapshot, enrolled) = (mesh.snapshot(), mesh.enrolled());
+        let pods = state.pods(&mesh.pods());
+        let pod = pods.by_workload.get(source).ok_or(NoVerdict::Unknown)?;
+        let key = VerdictKey { source: pod.netns, destination: to };
+        if let Some(grant) = state.table.get(&key) {
+            return Ok(Some(grant.id));
+        }
+        let world = World { snapshot: &snapshot, enrolled: &enrolled, pods: &pods };
+        self.decide(&world, key, VerdictId(0)).map(|_| None)
+    }
+
+    /// Neither gives verdicts nor takes them back from now on.
+    pub fn stop(&self) {
+        let mut state = self.state.lock();
+        (state.ready, state.stopped) = (false, true);
+    }
+
+    /// Gives the kernel a verdict, if there is one to give.
+    pub fn grant(&self, mesh: &Mesh, key: VerdictKey) {
+        let mut state = self.state.lock();
+        if !state.ready || state.table.get(&key).is_some() {
+            return;
+        }
+        let (snapshot, enrolled) = (mesh.snapshot(), mesh.enrolled());
+        let pods = state.pods(&mesh.pods());
+        let world = World { snapshot: &snapshot, enrolled: &enrolled, pods: &pods };
+        let id = state.table.next_id();
+        let grant = match self.decide(&world, key, id) {
+            Ok(grant) => grant,
+            Err(because) => {
+                let (source, to) = (key.source, key.destination);
+                return tracing::debug!(%source, %to, %because, "the kernel gets no verdict");
+            }
+        };
+        match state.table.room(key.source, since_boot()) {
+            Room::Free => {}
+            Room::Instead(unused) => self.take_back(&mut state, &unused),
+            Room::None => {
+                self.refused.fetch_add(1, Ordering::Relaxed);
+                return;
+            }
+        }
+        self.write(&mut state, grant);
+    }
+
+    /// Decides anew what a publication touches.
+    pub fn follow(&self, publication: &Publication<'_>) {
+        let mut state = self.state.lock();
+        if state.stopped {
+            return;
+        }
+        let pods = state.pods(publication.pods);
+        let Publication { before, now, enrolled, same_pods, .. } = *publication;
+        let world = World { snapshot: now, enrolled, pods: &pods };
+        for key in state.table.keys() {
+            let Some(grant) = state.table.get(&key).cloned() else { continue };
+            let (network, destination) = (&*self.terms.network, OriginalDst::new(key.destination));
+            let is_alike = same_pods
+                && verdict::decides_alike(
+                    before,
+                    now,
+                    network,
+                    &grant.source,
+                    destination,
+                    &grant.verdict,
+                );
+            if !is_alike {
+                self.renew(&mut state, &world, &grant);
+            }
+        }
+    }
+
+    /// Takes up the verdicts of an earlier agent that would be given now, and takes back the others.
+    /// From then on there are new ones.
+    pub fn adopt(&self, mesh: &Mesh) -> Result<(), CaptureError> {
+        let mut state = self.state.lock();
+        let Some(kernel) = self.capture.direct() else { return Ok(()) };
+        let (snapshot, enrolled) = (mesh.snapshot(), mesh.enrolled());
+        let pods = state.pods(&mesh.pods());
+        let world = World { snapshot: &snapshot, enrolled: &enrolled, pods: &pods };
+        let (mut adopted, mut taken_back) = (0, 0);
+        for (key, found) in kernel.verdicts()? {
+            match self.decide(&world, key, found.id) {
+                Ok(grant) if grant.admits_as(&found) => {
+                    self.write(&mut state, grant);
+                    adopted += 1;
+                }
+                Ok(_) | Err(_) => {
+                    self.take_back(&mut state, &key);
+                    taken_back += 1;
+                }
+            }
+        }
+        if adopted + taken_back > 0 {
+            tracing::info!(adopted, taken_back, "verdicts of an earlier agent");
+        }
+        state.ready = true;
+        Ok(())
+    }
+
+    /// Lets verdicts count for a while longer, and end with the certificates of now.
+    pub fn extend(&self, mesh: &Mesh) -> Result<(), CaptureError> {
+        let mut state = self.state.lock();
+        let Some(kernel) = self.capture.direct() else { return Ok(()) };
+        for key in std::mem::take(&mut state.stuck) {
+            self.take_back(&mut state, &key);
+        }
+        if !state.ready || !state.stuck.is_empty() {
+            return Ok(());
+        }
+        let (snapshot, enrolled) = (mesh.snapshot(), mesh.enrolled());
+        let pods = state.pods(&mesh.pods());
+        let world = World { snapshot: &snapshot, enrolled: &enrolled, pods: &pods };
+        for key in state.table.keys() {
+            let Some(grant) = state.table.get(&key).cloned() else { continue };
+            let expires = self.expires(&grant.source, &grant.verdict);
+            if expires.is_none_or(|expires| expires.abs_diff(grant.expires) > RENEWED) {
+                self.renew(&mut state, &world, &grant);
+            }
+        }
+        kernel.admit_until(since_boot() + self.terms.admit_time)
+    }
+
+    fn renew(&self, state: &mut State, world: &World<'_>, grant: &Grant) {
+        let again = match self.decide(world, grant.key, grant.id) {
+            Ok(again) => again,
+            Err(because) => {
+                let (source, to, id) = (grant.key.source, grant.key.destination, grant.id);
+                tracing::debug!(%source, %to, %id, %because, "verdict taken back");
+                return self.take_back(state, &grant.key);
+            }
+        };
+        again.used.store(grant.used.load(Ordering::Relaxed), Ordering::Relaxed);
+        let same_end = again.expires.abs_diff(grant.expires) <= RENEWED;
+        if again.is_like(grant) && same_end {
+            // Nothing that the kernel knows has changed.
+            state.table.insert(Grant { expires: grant.expires, ..again });
+        } else if again.covers(grant) {
+            self.write(state, again);
+        } else {
+            let id = state.table.next_id();
+            self.write(state, Grant { id, ..again });
+            self.touch(grant.key.source);
+        }
+    }
+
+    fn write(&self, state: &mut State, grant: Grant) {
+        let Some(kernel) = self.capture.direct() else { return };
+        match kernel.set_verdict(&grant.key, &grant.to_kernel()) {
+            Ok(()) => state.table.insert(grant),
+            Err(error) => {
+                self.refused.fetch_add(1, Ordering::Relaxed);
+                if !matches!(error, CaptureError::VerdictsFull { .. }) {
+                    tracing::error!(%error, "cannot give the kernel a verdict");
+                }
+                // Whatever it was told before does not hold any more.
+                self.take_back(state, &grant.key);
+            }
+        }
+    }
+
+    fn take_back(&self, state: &mut State, key: &VerdictKey) {
+        let Some(kernel) = self.capture.direct() else { return };
+        state.table.remove(key);
+        if let Err(error) = kernel.remove_verdict(key) {
+            tracing::error!(source = %key.source, to = %key.destination, %error, "verdict stays");
+            state.stuck.push(*key);
+        }
+        self.touch(key.source);
+    }
+
+    /// What was let in before is live now, or never will be.
+    fn touch(&self, source: NetnsCookie) {
+        self.touched.lock().insert(source);
+        self.touch.notify_one();
+    }
+
+    fn decide(
+        &self,
+        world: &World<'_>,
+        key: VerdictKey,
+        id: VerdictId,
+    ) -> Result<Grant, NoVerdict> {
+        let (pod, uid) = world.pods.by_netns.get(&key.source).ok_or(NoVerdict::Unknown)?;
+        let source = world.snapshot.workload(uid).ok_or(NoVerdict::Unknown)?;
+        let destination = OriginalDst::new(key.destination);
+        let same_family = |ip: &&std::net::IpAddr| ip.is_ipv4() == destination.ip().is_ipv4();
+        let client = source.addresses.iter().find(same_family).ok_or(AskAgent::Address)?;
+        let answers = Answers::default();
+        let view = View {
+            snapshot: world.snapshot,
+            network: &self.terms.network,
+            node: &self.terms.node,
+            enrolled: world.enrolled,
+            answers: &answers,
+            coverage: self.terms.coverage,
+        };
+        let request = Outbound { source, client: *client, destination };
+        let mut verdict = verdict::decide(&view, &request, &mut SmallRng::seed_from_u64(0))?;
+        let identity = source.identity();
+        self.certificates.remaining(&identity).ok_or(NoVerdict::NoCertificate(identity))?;
+        let mut lacking = None;
+        let holds = verdict.retain(|backend| {
+            let identity = backend.workload.identity();
+            let is_proven = self.certificates.remaining(&identity).is_some();
+            if !is_proven {
+                lacking = Some(NoVerdict::NoCertificate(identity));
+            }
+            is_proven && world.pods.by_workload.contains_key(&backend.workload.uid)
+        });
+        if !holds {
+            return Err(lacking.unwrap_or(NoVerdict::Unknown));
+        }
+        let expires = self.expires(source, &verdict).ok_or(NoVerdict::Unknown)?;
+        let pods = verdict
+            .backends
+            .iter()
+            .filter_map(|backend| world.pods.by_workload.get(&backend.workload.uid).cloned());
+        Ok(Grant {
+            id,
+            key,
+            source: source.clone(),
+            source_pod: pod.clone(),
+            pods: pods.collect(),
+            verdict,
+            expires,
+            used: AtomicU64::new(since_boot().as_secs()),
+        })
+    }
+
+    /// When the first of the certificates ends.
+    fn expires(&self, source: &Workload, verdict: &Verdict) -> Option<Duration> {
+        let backends = verdict.backends.iter().map(|backend| backend.workload.identity());
+        let mut first = self.certificates.remaining(&source.identity())?;
+        for identity in backends {
+            first = first.min(self.certificates.remaining(&identity)?);
+        }
+        Some(since_boot() + first)
+    }
+}
+
+impl State {
+    fn pods(&mut self, pods: &Arc<LocalPods>) -> Arc<PodIndex> {
+        if !Arc::ptr_eq(&self.pods.of, pods) {
+            self.pods = Arc::new(PodIndex::new(pods));
+        }
+        self.pods.clone()
+    }
+}
+
+impl Grant {
+    fn backends(&self) -> Vec<tables::Backend> {
+        let backends = self.verdict.backends.iter().zip(&self.pods);
+        let backends = backends.map(|(backend, pod)| tables::Backend {
+            to: backend.to(),
+            netns: pod.netns,
+            weight: backend.weight,
+        });
+        backends.collect()
+    }
+
+    fn to_kernel(&self) -> tables::Verdict {
+        let backends = self.backends();
+        let elsewhere = self.verdict.elsewhere;
+        tables::Verdict { id: self.id, expires: self.expires, backends, elsewhere }
+    }
+
+    /// Whether the kernel was told the same.
+    fn admits_as(&self, found: &tables::Verdict) -> bool {
+        self.backends() == found.backends && self.verdict.elsewhere == found.elsewhere
+    }
+}
+
+impl std::fmt::Debug for Verdicts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Verdicts").field("terms", &self.terms).finish_non_exhaustive()
+    }
+}
+
+/// Whether a live connection can be ended on the agent's word.
+pub(super) fn is_revocable(capture: &capture::Redirection) -> bool {
+    capture.direct().is_some_and(capture::Direct::can_destroy)
+}
