@@ -108,16 +108,17 @@ pub async fn start(
     }
     let (sender, status) = watch::channel(first);
     let needs = Arc::new(Needs::new(settings.on_demand));
-    let client = Client::new(
-        Control::new(&settings.control),
+    let client = Client {
+        control: Control::new(&settings.control),
         reader,
-        Arc::new(Mutex::new(intake)),
-        Arc::new(publish),
-        needs.clone(),
-        sender,
-        telemetry.xds().clone(),
+        intake: Arc::new(Mutex::new(intake)),
+        publish: Arc::new(publish),
+        needs: needs.clone(),
+        status: sender,
+        metrics: telemetry.xds().clone(),
         keeper,
-    );
+        avoid: None,
+    };
     let read = status.clone();
     telemetry.watch_xds(move || reading(&read.borrow()));
     Xds { status, needs, task: tokio::spawn(client.run()) }

@@ -37,16 +37,16 @@ const STALLED: Duration = Duration::from_secs(60);
 const OUTGOING: usize = 1024;
 
 pub(super) struct Client<P> {
-    control: Control,
-    reader: Reader,
-    intake: Arc<Mutex<Intake>>,
-    publish: Arc<P>,
-    needs: Arc<Needs>,
-    status: watch::Sender<XdsStatus>,
-    metrics: XdsMetrics,
-    keeper: Option<Keeper>,
+    pub control: Control,
+    pub reader: Reader,
+    pub intake: Arc<Mutex<Intake>>,
+    pub publish: Arc<P>,
+    pub needs: Arc<Needs>,
+    pub status: watch::Sender<XdsStatus>,
+    pub metrics: XdsMetrics,
+    pub keeper: Option<Keeper>,
     /// An address that gave no answer: the next attempt begins after it.
-    avoid: Option<Arc<str>>,
+    pub avoid: Option<Arc<str>>,
 }
 
 /// How an attempt ended, and why.
@@ -66,19 +66,6 @@ impl Ended {
 }
 
 impl<P: Publish> Client<P> {
-    pub fn new(
-        control: Control,
-        reader: Reader,
-        intake: Arc<Mutex<Intake>>,
-        publish: Arc<P>,
-        needs: Arc<Needs>,
-        status: watch::Sender<XdsStatus>,
-        metrics: XdsMetrics,
-        keeper: Option<Keeper>,
-    ) -> Self {
-        Self { control, reader, intake, publish, needs, status, metrics, keeper, avoid: None }
-    }
-
     /// Never ends.
     pub async fn run(mut self) {
         let mut backoff = Backoff::new();

@@ -13,6 +13,7 @@ pub(super) struct Address {
 }
 
 #[derive(Clone, PartialEq, prost::Oneof)]
+#[expect(clippy::large_enum_variant, reason = "nearly all are workloads")]
 pub(super) enum Type {
     #[prost(message, tag = "1")]
     Workload(Workload),
