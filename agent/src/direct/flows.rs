@@ -46,9 +46,8 @@ pub(super) async fn follow(direct: Direct, node: Arc<Node>) {
         tokio::select! {
             // What has happened is taken before a look at what is.
             biased;
-            event = events.next() => match event {
-                Ok(FlowEvent::Opened(flow)) => flows.open(flow),
-                Ok(FlowEvent::Closed(flow, facts)) => flows.close(flow, facts),
+            told = events.next() => match told {
+                Ok(events) => flows.hear(&events),
                 Err(error) => {
                     tracing::error!(%error, "nothing is heard of direct connections any more");
                     return std::future::pending().await;
@@ -87,6 +86,22 @@ pub(super) struct Live {
 }
 
 impl Flows {
+    fn hear(&mut self, events: &[FlowEvent]) {
+        let socket = |event: &FlowEvent| match event {
+            FlowEvent::Closed(flow, _) => Some(flow.socket),
+            FlowEvent::Opened(_) => None,
+        };
+        let over: HashSet<SocketCookie> = events.iter().filter_map(socket).collect();
+        for event in events {
+            match event {
+                // Of most connections both are heard at once.
+                FlowEvent::Opened(flow) if over.contains(&flow.socket) => {}
+                FlowEvent::Opened(flow) => self.open(*flow),
+                FlowEvent::Closed(flow, facts) => self.close(*flow, *facts),
+            }
+        }
+    }
+
     fn open(&mut self, flow: DirectFlow) {
         if self.direct.live().contains_key(&flow.socket) {
             return;
@@ -109,16 +124,9 @@ impl Flows {
             return;
         }
         // It was over before it was heard of, or never was.
-        let Some(told) = Told::of(&self.direct, &self.node, &flow) else { return };
-        let open = Open::new(self.node.clone(), flow, told);
-        let outcome = match facts.ended {
-            Ended::Refused => Err(refused()),
-            Ended::Finished | Ended::Aborted => {
-                open.judge();
-                Ok(())
-            }
-        };
-        open.end(Some(facts), outcome);
+        if let Some(told) = Told::of(&self.direct, &self.node, &flow) {
+            tell_whole(&self.node, &flow, &told, facts);
+        }
     }
 
     /// Tells of what is live, though its opening was not heard of yet: new connections of pods whose
@@ -170,6 +178,52 @@ impl Flows {
     }
 }
 
+/// Tells of a connection that nobody can close any more, and nobody see.
+fn tell_whole(node: &Node, flow: &DirectFlow, told: &Told, facts: TcpFacts) {
+    let outcome = match facts.ended {
+        Ended::Refused => Err(refused()),
+        Ended::Finished | Ended::Aborted => {
+            if !told.handed {
+                // For the log, and for policies in dry run.
+                let _ended = node.authorize(&told.destination.1, &told.connection);
+            }
+            Ok(())
+        }
+    };
+    let source = told.open(node, flow, Reporter::Source);
+    let destination = (!told.handed).then(|| told.open(node, flow, Reporter::Destination));
+    for open in [Some(&source), destination.as_ref()].into_iter().flatten() {
+        open.counters().add_received(facts.sent);
+        open.counters().add_sent(facts.received);
+    }
+    settle(node, flow, source, destination, Some(facts), outcome);
+}
+
+/// Tells how a connection ended.
+fn settle(
+    node: &Node,
+    flow: &DirectFlow,
+    source: OpenConnection,
+    destination: Option<OpenConnection>,
+    facts: Option<TcpFacts>,
+    outcome: Result<(), Failure>,
+) {
+    let began = flow.established_at.unwrap_or(flow.connected_at);
+    let lasted = facts.map_or_else(direct::since_boot, |facts| facts.at).saturating_sub(began);
+    if let Some(facts) = facts {
+        let measured = TransportFacts {
+            connect: flow.established_at.map(|at| at.saturating_sub(flow.connected_at)),
+            round_trip: facts.srtt,
+            retransmits: facts.retransmits,
+        };
+        node.telemetry.transport(source.context(), &measured);
+    }
+    source.close_after(lasted, outcome.clone().map_err(session::as_source));
+    if let Some(destination) = destination {
+        destination.close_after(lasted, outcome);
+    }
+}
+
 /// A connection that has been told of as opened.
 struct Open {
     node: Arc<Node>,
@@ -189,8 +243,13 @@ struct Ends {
 
 impl Open {
     fn new(node: Arc<Node>, flow: DirectFlow, told: Told) -> Self {
-        let source = told.open(&node, &flow, Reporter::Source);
-        let destination = (!told.handed).then(|| told.open(&node, &flow, Reporter::Destination));
+        let end = |reporter| {
+            let open = told.open(&node, &flow, reporter);
+            let guard = told.register(&node, &flow, reporter, open.counters());
+            (open, guard)
+        };
+        let source = end(Reporter::Source);
+        let destination = (!told.handed).then(|| end(Reporter::Destination));
         let counted = [Some(&source), destination.as_ref()].into_iter().flatten();
         let counters = counted.map(|(open, _)| open.counters()).collect();
         let meter = Arc::new(Meter::new(flow, counters));
@@ -274,22 +333,12 @@ impl Open {
 
     fn end(mut self, facts: Option<TcpFacts>, outcome: Result<(), Failure>) {
         let Some(Ends { source, destination }) = self.ends.take() else { return };
-        let flow = &self.flow;
-        let began = flow.established_at.unwrap_or(flow.connected_at);
-        let lasted = facts.map_or_else(direct::since_boot, |facts| facts.at).saturating_sub(began);
         if let Some(facts) = facts {
             self.meter.advance(Carried { sent: facts.sent, received: facts.received });
-            let measured = TransportFacts {
-                connect: flow.established_at.map(|at| at.saturating_sub(flow.connected_at)),
-                round_trip: facts.srtt,
-                retransmits: facts.retransmits,
-            };
-            self.node.telemetry.transport(source.0.context(), &measured);
         }
-        source.0.close_after(lasted, outcome.clone().map_err(session::as_source));
-        if let Some((destination, _registered)) = destination {
-            destination.close_after(lasted, outcome);
-        }
+        let (source, _registered) = source;
+        let (destination, _registered_too) = destination.unzip();
+        settle(&self.node, &self.flow, source, destination, facts, outcome);
     }
 }
 

@@ -55,6 +55,7 @@ struct Inner {
     streams: usize,
     /// Of each stream, also of those that have ended.
     listeners: Vec<mpsc::UnboundedSender<Prepared>>,
+    accepted: usize,
 }
 
 impl Default for World {
@@ -157,6 +158,11 @@ impl World {
         self.lock().requests.clone()
     }
 
+    /// How many responses have been accepted whole.
+    pub fn accepted(&self) -> usize {
+        self.lock().accepted
+    }
+
     /// How many streams are open.
     pub fn streams(&self) -> usize {
         self.lock().streams
@@ -183,7 +189,11 @@ impl World {
     }
 
     pub(super) fn record(&self, request: Recorded) {
-        self.lock().requests.push(request);
+        {
+            let mut inner = self.lock();
+            inner.accepted += usize::from(is_ack(&request.request));
+            inner.requests.push(request);
+        }
         self.recorded.send_modify(|count| *count += 1);
     }
 

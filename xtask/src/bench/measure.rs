@@ -48,7 +48,7 @@ impl Kind {
     pub fn measures(self) -> Vec<String> {
         let sample = Sample { outcome: Outcome::default(), machine: 0.0, agents: 0.0 };
         match self {
-            Self::Idle => vec![IDLE.to_owned()],
+            Self::Idle => [IDLE, FRESH, HOLDING].map(str::to_owned).into(),
             _ => self.figures(&sample).into_iter().map(|(name, ..)| name).collect(),
         }
     }
@@ -95,7 +95,11 @@ impl Kind {
     }
 }
 
+/// How much the agents of a path grow together.
 const IDLE: &str = "memory-per-10k-idle";
+/// What one agent holds before anybody connects, and with idle connections: the larger of two.
+const FRESH: &str = "memory-fresh";
+const HOLDING: &str = "memory-idle";
 
 /// One measurement, with the processor seconds it took.
 struct Sample {
@@ -154,10 +158,19 @@ pub fn idle(field: &mut Field, path: Path, count: usize) -> Result<Vec<Figure>> 
         last = now;
         settled
     })?;
+    let largest = |all: &[f64]| all.iter().copied().fold(0.0, f64::max);
+    let each = pids.iter().map(|pid| resident(&[*pid])).collect::<Result<Vec<_>>>()?;
     drop(held);
     let grown = (last - before).max(0.0) * 1e4 / count as f64;
-    let measure = IDLE.to_owned();
-    Ok(vec![Figure { path: path.name(), measure, rounds: vec![(0.0, grown)], unit: "MB" }])
+    let fresh = field.fresh.get(..pids.len()).unwrap_or_default();
+    let figures = [(IDLE, grown), (FRESH, largest(fresh)), (HOLDING, largest(&each))];
+    let figures = figures.map(|(measure, value)| Figure {
+        path: path.name(),
+        measure: measure.to_owned(),
+        rounds: vec![(0.0, value)],
+        unit: "MB",
+    });
+    Ok(figures.into())
 }
 
 /// Processor seconds of the whole machine, idling left out.
@@ -189,7 +202,7 @@ fn agent_seconds(pids: &[u32]) -> Result<f64> {
 }
 
 /// Resident memory of the processes together, in megabytes.
-fn resident(pids: &[u32]) -> Result<f64> {
+pub fn resident(pids: &[u32]) -> Result<f64> {
     let mut total = 0.0;
     for pid in pids {
         let path = format!("/proc/{pid}/status");
