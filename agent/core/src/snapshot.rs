@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{Builder, scope};
 
 use crate::addr::{NamespacedHostname, canonical_range};
 use crate::authorization::{Authorization, Match, PolicyScope};
@@ -341,9 +341,9 @@ fn side_by_side(one: impl FnOnce() + Send, other: impl FnOnce()) {
             one();
         }
     };
-    thread::scope(|scope| {
+    scope(|scope| {
         // Without a thread it is left for afterwards.
-        let _ = thread::Builder::new().spawn_scoped(scope, run_one);
+        let _ = Builder::new().spawn_scoped(scope, run_one);
         other();
     });
     run_one();
