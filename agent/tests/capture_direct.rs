@@ -442,6 +442,38 @@ fn verdict_for_a_pod_is_none_for_its_successor() {
 }
 
 #[test]
+fn pods_that_are_the_agents_get_no_direct_connection() {
+    let mesh = Mesh::new();
+    mesh.allow_server(1);
+    let spec = PodSpec { by_agent: true, ..mesh.server.spec() };
+    let (netns, cookie) = (mesh.server.netns.as_fd(), mesh.server.netns.cookie());
+    mesh.capture.enrol(netns, cookie, &spec, &(&mesh.incoming).into()).unwrap();
+    mesh.expect_captured(mesh.v4());
+}
+
+#[test]
+fn not_a_byte_goes_to_a_stranger_that_took_a_pods_address() {
+    let mesh = Mesh::new();
+    mesh.allow_server(1);
+    // It is not enrolled, and the agent has not heard that the pod is gone.
+    let stranger = mesh.node.pod();
+    mesh.node.succeed(&stranger, &mesh.server);
+    let application = stranger.application(PORT);
+    for to in [mesh.v4(), mesh.v6()] {
+        let mut client = mesh.client.connect(to).unwrap();
+        let _ = client.write_all(b"a secret");
+        // Not even its end of the handshake leaves.
+        assert!(is_idle(&application));
+        let [flow] = mesh.flows()[..] else { panic!("{:?}", mesh.flows()) };
+        assert!(!flow.arrived && flow.established_at.is_some());
+        assert!(direct::destroy(&flow, Some(&mesh.client.netns), None).unwrap());
+        eventually("the record goes", || mesh.flows().is_empty());
+        assert!(is_idle(&application));
+    }
+    assert_eq!(mesh.direct().counts().unwrap().astray, 2);
+}
+
+#[test]
 fn withdrawn_pod_keeps_its_connections_and_gets_no_new_ones() {
     let mesh = Mesh::new();
     mesh.allow_server(1);
@@ -626,13 +658,10 @@ fn rules_of_istio_cni_do_not_hold_up_direct_connections() {
     mesh.allow_server(1);
     let vip = addr(VIP);
     mesh.allow(vip, 2, vec![mesh.backend(mesh.v4(), 1)], 0);
-    // Without leave to pass they are led to the agent, which can tell whose they are.
-    let client = mesh.client.connect(mesh.v4()).unwrap();
-    let agent = accept(&mesh.incoming.plaintext);
-    let to = plaintext_dst(&tokio_stream(&agent)).unwrap();
-    assert_eq!(to, mesh.v4());
-    assert!(mesh.direct().flow(client.local_addr().unwrap(), to).unwrap().is_some());
-    drop((client, agent));
+    // Without leave to pass it cannot be told who answers.
+    let _client = mesh.client.connect(mesh.v4()).unwrap();
+    assert_eq!(mesh.direct().counts().unwrap().astray, 1);
+    assert!(is_idle(&mesh.incoming.plaintext) && is_idle(&mesh.application));
     mesh.server.netns.let_direct_pass().unwrap();
     mesh.server.netns.let_direct_pass().unwrap();
     for to in [mesh.v4(), mesh.v6(), vip] {

@@ -106,6 +106,14 @@ impl Flows {
         if self.direct.live().contains_key(&flow.socket) {
             return;
         }
+        if !flow.arrived {
+            let (client, server) = (flow.client, flow.server);
+            tracing::warn!(%client, %server, "a direct connection was answered by nobody of ours");
+            // That it has ended is heard of.
+            let node = self.node.clone();
+            tokio::spawn(async move { destroy(&node, flow).await });
+            return;
+        }
         let Some(told) = Told::of(&self.direct, &self.node, &flow) else { return };
         let (ended, end) = oneshot::channel();
         // Registered before it is judged, and both before the next event.
@@ -178,10 +186,31 @@ impl Flows {
     }
 }
 
+/// Ends a connection in the kernel.
+async fn destroy(node: &Node, flow: DirectFlow) {
+    let pods = node.mesh.pods();
+    let netns = |cookie| {
+        let found = pods.iter().find(|(pod, _)| pod.netns.cookie() == cookie);
+        found.map(|(pod, _)| pod.netns.clone())
+    };
+    let (source, destination) = (netns(flow.source), netns(flow.destination));
+    let destroyed = tokio::task::spawn_blocking(move || {
+        let (source, destination): (Option<&Netns>, Option<&Netns>) =
+            (source.as_deref(), destination.as_deref());
+        direct::destroy(&flow, source, destination)
+    });
+    match destroyed.await {
+        Ok(Ok(existed)) => tracing::debug!(src = %flow.client, existed, "connection ended"),
+        Ok(Err(error)) => tracing::error!(src = %flow.client, %error, "connection goes on"),
+        Err(error) => tracing::error!(src = %flow.client, %error, "connection goes on"),
+    }
+}
+
 /// Tells of a connection that nobody can close any more, and nobody see.
 fn tell_whole(node: &Node, flow: &DirectFlow, told: &Told, facts: TcpFacts) {
     let outcome = match facts.ended {
         Ended::Refused => Err(refused()),
+        Ended::Finished | Ended::Aborted if !flow.arrived => Err(astray()),
         Ended::Finished | Ended::Aborted => {
             if !told.handed {
                 // For the log, and for policies in dry run.
@@ -287,7 +316,7 @@ impl Open {
             }
             reason = self.closed() => reason,
         };
-        self.destroy().await;
+        destroy(&self.node, self.flow).await;
         if let CloseReason::PolicyChange { .. } = reason {
             let overdue =
                 self.ends.as_ref().and_then(|ends| ends.destination.as_ref()?.1.overdue());
@@ -308,26 +337,6 @@ impl Open {
             reason = closed(ends.and_then(|ends| ends.destination.as_ref())) => reason,
             () = self.gone[0].cancelled() => CloseReason::PodGone,
             () = self.gone[1].cancelled() => CloseReason::PodGone,
-        }
-    }
-
-    async fn destroy(&self) {
-        let pods = self.node.mesh.pods();
-        let netns = |cookie| {
-            let found = pods.iter().find(|(pod, _)| pod.netns.cookie() == cookie);
-            found.map(|(pod, _)| pod.netns.clone())
-        };
-        let flow = self.flow;
-        let (source, destination) = (netns(flow.source), netns(flow.destination));
-        let destroyed = tokio::task::spawn_blocking(move || {
-            let (source, destination): (Option<&Netns>, Option<&Netns>) =
-                (source.as_deref(), destination.as_deref());
-            direct::destroy(&flow, source, destination)
-        });
-        match destroyed.await {
-            Ok(Ok(existed)) => tracing::debug!(src = %flow.client, existed, "connection ended"),
-            Ok(Err(error)) => tracing::error!(src = %flow.client, %error, "connection goes on"),
-            Err(error) => tracing::error!(src = %flow.client, %error, "connection goes on"),
         }
     }
 
@@ -359,6 +368,10 @@ fn ending(node: &Node, cookie: NetnsCookie) -> CancellationToken {
     let pods = node.mesh.pods();
     let found = pods.iter().find(|(pod, _)| pod.netns.cookie() == cookie);
     found.map(|(pod, _)| pod.ending()).unwrap_or_default()
+}
+
+fn astray() -> Failure {
+    Failure::new(ResponseFlag::Connect, "connection failed: its address is another pod's now")
 }
 
 fn refused() -> Failure {

@@ -172,7 +172,7 @@ async fn the_server_may_end_first() {
 async fn bulk_arrives_whole_both_ways_at_once() {
     for path in PATHS {
         let Joined { client, server, near, near_counts, pool: _pool, .. } = join(path).await;
-        let size = 40 << 20;
+        let size = 16 << 20;
         let pattern = |seed: usize| (0..size).map(move |n| (n * 31 + n / 4099 + seed) as u8);
         let send = |seed, mut half: tokio::net::tcp::OwnedWriteHalf| async move {
             half.write_all(&pattern(seed).collect::<Vec<u8>>()).await.unwrap();

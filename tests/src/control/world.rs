@@ -12,10 +12,11 @@ use culvert_proto::istio::security::Authorization;
 use culvert_proto::istio::workload::{Address, Service, Workload, address};
 use culvert_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 use prost::Message;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 use tonic::Status;
 
 use super::ads::{Behaviour, Recorded};
+use super::prepared::Prepared;
 
 /// How long the helpers that wait do so.
 const LIMIT: std::time::Duration = std::time::Duration::from_secs(30);
@@ -52,6 +53,8 @@ struct Inner {
     behaviour: Behaviour,
     token: Option<String>,
     streams: usize,
+    /// Of each stream, also of those that have ended.
+    listeners: Vec<mpsc::UnboundedSender<Prepared>>,
     accepted: usize,
 }
 
@@ -131,6 +134,18 @@ impl World {
     pub fn send(&self, response: DeltaDiscoveryResponse) {
         // Nobody hears it when no stream is open.
         let _ = self.commands.send(Command::Send(response));
+    }
+
+    /// The same, of one that is encoded already.
+    pub fn send_prepared(&self, response: Prepared) {
+        self.lock().listeners.retain(|listener| listener.send(response.clone()).is_ok());
+    }
+
+    /// What is sent prepared from now on.
+    pub(super) fn listen(&self) -> mpsc::UnboundedReceiver<Prepared> {
+        let (listener, prepared) = mpsc::unbounded_channel();
+        self.lock().listeners.push(listener);
+        prepared
     }
 
     /// Ends every open stream.
