@@ -25,7 +25,7 @@ use tracing::level_filters::LevelFilter;
 use crate::admin::readiness::{DNS_PROXY, OpenTask, PROXY, Readiness, STATE_MANAGER};
 use crate::admin::{AdminAddrs, Sources};
 use crate::ca::Certificates;
-use crate::capture::{CaptureOptions, KERNEL_LOG, ListenOptions, Marks, Netns, Redirection};
+use crate::capture::{Acceleration, CaptureOptions, KERNEL_LOG, ListenOptions, Marks, Netns, Redirection};
 use crate::config::{Config, DnsSettings, MeshSettings, Redirect, SameNodePath};
 use crate::connections::Connections;
 use crate::direct::{self, Direct};
@@ -215,6 +215,7 @@ fn make_direct(
         },
         per_pod: same_node.verdicts_per_pod as usize,
         admit_time: same_node.admit_time,
+        accelerated: same_node.accelerated.clone().unwrap_or_default(),
     };
     let (capture, certificates) = (capture.clone(), rooms.certificates.clone());
     let direct = Direct::new(capture, certificates, terms, same_node.irrevocable)?;
@@ -278,8 +279,17 @@ fn capture_options(config: &Config, first: &MeshFile) -> anyhow::Result<CaptureO
         max_pods: MAX_PODS,
         max_verdicts: MAX_VERDICTS,
         max_direct: MAX_DIRECT,
+        acceleration: acceleration(config),
         log_level,
     })
+}
+
+/// Where somebody is to be accelerated, and the kernel can.
+fn acceleration(config: &Config) -> Option<Acceleration> {
+    config.same_node.accelerated.as_ref()?;
+    let found = Acceleration::find();
+    let missing = |error| tracing::warn!(%error, "connections within the node are not accelerated");
+    found.map_err(missing).ok()
 }
 
 fn tunnel_settings(config: &Config) -> hbone::Settings {

@@ -6,6 +6,8 @@
 //! the same folder puts its own programs in place of the old ones, one atomic replacement at a time,
 //! and takes up the maps as they are. [`detach`] takes all of it away.
 
+mod acceleration;
+mod btf;
 mod detach;
 pub mod direct;
 mod inheritance;
@@ -35,6 +37,7 @@ use culvert_core::addr::OriginalDst;
 use parking_lot::Mutex;
 use tracing::level_filters::LevelFilter;
 
+pub use acceleration::{Acceleration, NoAcceleration};
 pub use culvert_core::tables::{NetnsCookie, PodSpec, VerdictId};
 pub use detach::{DetachReport, detach};
 pub use direct::Direct;
@@ -71,6 +74,8 @@ pub struct CaptureOptions {
     /// How many direct connections of one pod they have room for, before further ones go by the
     /// agent.
     pub max_direct: u32,
+    /// Connections may be accelerated, when their verdict and [`Capture::accelerate`] say so.
+    pub acceleration: Option<Acceleration>,
     /// What the kernel programs log; they contain no code for what is not.
     pub log_level: LevelFilter,
 }
@@ -161,7 +166,7 @@ pub struct Capture {
     maps: Mutex<Maps>,
     direct: Direct,
     logs: Mutex<Option<KernelLogs>>,
-    programs: Vec<(String, u32)>,
+    programs: Mutex<Vec<(String, u32)>>,
 }
 
 impl Capture {
@@ -213,7 +218,7 @@ impl Capture {
             maps: Mutex::new(maps),
             direct,
             logs: Mutex::new(logs),
-            programs,
+            programs: Mutex::new(programs),
         };
         capture.adopt(adopted)?;
         Ok(capture)
@@ -320,7 +325,7 @@ impl Capture {
 
     /// The attached programs of this agent: name and kernel id.
     pub fn programs(&self) -> Vec<(String, u32)> {
-        self.programs.clone()
+        self.programs.lock().clone()
     }
 
     /// Entries in the maps at this moment.

@@ -26,7 +26,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::ca::Certificates;
-use crate::capture::Redirection;
+use crate::capture::{CaptureError, Redirection};
 use crate::capture::direct::{DirectFlow, SocketCookie};
 use crate::node::{LocalPods, Mesh, Node};
 use crate::pods::Pod;
@@ -62,6 +62,8 @@ struct Inner {
     /// them in the destination's place, and tells of them there.
     handed: Mutex<VecDeque<SocketCookie>>,
     live: Mutex<HashMap<SocketCookie, Live>>,
+    /// Whether the machine may accelerate; `None` where nobody has asked for it.
+    qualified: Mutex<Option<bool>>,
     stopped: CancellationToken,
 }
 
@@ -82,6 +84,7 @@ impl Direct {
             );
             return None;
         }
+        let qualified = capture.direct().filter(|kernel| kernel.accelerates()).map(|_| false);
         let (offers, offered) = mpsc::channel(OFFERS);
         Some(Self(Arc::new(Inner {
             verdicts: Verdicts::new(capture, certificates, terms),
@@ -89,6 +92,7 @@ impl Direct {
             offered: Mutex::new(Some(offered)),
             handed: Mutex::default(),
             live: Mutex::default(),
+            qualified: Mutex::new(qualified),
             stopped: CancellationToken::new(),
         })))
     }
@@ -102,6 +106,21 @@ impl Direct {
                 inner.verdicts.follow(publication);
             }
         }));
+    }
+
+    /// Accelerates connections that are made from now on, of those that are named for it.
+    pub fn accelerate(&self) -> Result<(), CaptureError> {
+        if let Some(kernel) = self.0.verdicts.capture().kernel() {
+            kernel.accelerate()?;
+            self.0.verdicts.accelerate();
+            *self.0.qualified.lock() = Some(true);
+        }
+        Ok(())
+    }
+
+    /// Whether connections are accelerated; `None` where nobody has asked for it.
+    pub fn accelerates(&self) -> Option<bool> {
+        *self.0.qualified.lock()
     }
 
     /// Leaves verdicts and connections as they are to another agent, which is there already: from now
@@ -159,7 +178,9 @@ impl Direct {
     /// Counts what live connections have carried so far. Blocks for some microseconds for each.
     pub fn measure(&self, pods: &LocalPods) {
         let meters: Vec<_> = self.live().values().map(|live| live.meter.clone()).collect();
-        meter::read(&meters, pods);
+        if let Some(kernel) = self.0.verdicts.capture().direct() {
+            meter::read(kernel, &meters, pods);
+        }
     }
 
     fn is_handed(&self, socket: SocketCookie) -> bool {
@@ -203,6 +224,14 @@ impl Direct {
             backend_gone: counts.backend_gone,
             unrecorded: counts.unrecorded,
             astray: counts.astray,
+            joined: counts.joined,
+            joint_full: counts.joint_full,
+            joint_unequal: counts.joint_unequal,
+            left_full: counts.left_full,
+            left_low_water: counts.left_low_water,
+            left_layered: counts.left_layered,
+            left_closing: counts.left_closing,
+            qualified: self.accelerates(),
             events_lost: counts.events_lost,
         }
     }

@@ -11,7 +11,7 @@ use culvert_core::admit::HeaderTo;
 use culvert_core::authorization::{Action, Connection};
 use culvert_core::authorize::{self, Denied, DryRun, Permit};
 use culvert_core::snapshot::{Change, Snapshot};
-use culvert_core::view::{Enrolled, Fetched, ResourceKey, Tunnelled};
+use culvert_core::view::{Enrolled, Fetched, ResourceKey, Chosen};
 use culvert_core::workload::{PolicyKey, Workload};
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -203,7 +203,7 @@ pub struct Mesh {
     /// When the first publication was made that live connections have not been judged by.
     unjudged: Mutex<Option<Instant>>,
     follower: OnceLock<Follower>,
-    tunnelled: Arc<Tunnelled>,
+    tunnelled: Arc<Chosen>,
 }
 
 /// The enrolled pods, each with the uid of its workload as far as that is known.
@@ -223,7 +223,7 @@ impl Pods {
     fn new(
         pods: impl IntoIterator<Item = Arc<Pod>>,
         snapshot: &Snapshot,
-        tunnelled: &Arc<Tunnelled>,
+        tunnelled: &Arc<Chosen>,
     ) -> Self {
         let workload = |pod: &Pod| match &pod.claim {
             Claim::Uid(uid) => Some(uid.clone()),
@@ -274,7 +274,7 @@ impl Mesh {
     }
 
     /// The same, where these are encrypted within the node, too.
-    pub fn tunnelling(self, tunnelled: Tunnelled) -> Self {
+    pub fn tunnelling(self, tunnelled: Chosen) -> Self {
         Self { tunnelled: Arc::new(tunnelled), ..self }
     }
 

@@ -393,7 +393,7 @@ fn detaching_leaves_no_trace() {
     drop(capture);
 
     let report = detach(&node.options.pin_path).unwrap();
-    assert_eq!(report, DetachReport { programs: 11, pods: 1, unreachable: vec![] });
+    assert_eq!(report, DetachReport { programs: 11, pods: 1, ended: 0, unreachable: vec![] });
     assert!(!node.options.pin_path.exists());
     assert_eq!(set_up(&pod), plain);
     eventually("nothing left in the kernel", || !trace.remains());

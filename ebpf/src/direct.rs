@@ -23,8 +23,7 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::programs::{SockAddrContext, SockOpsContext};
 use culvert_abi::direct::{
-    DIRECT_OPTION, DirectFlow, DirectKey, EVENTS_SIZE, FlowEvent, Live, MAX_BACKENDS, Verdict,
-    VerdictKey,
+    Backend, DIRECT_OPTION, DirectFlow, DirectKey, EVENTS_SIZE, FlowEvent, Live, MAX_BACKENDS, Verdict, VerdictKey,
 };
 use culvert_abi::{
     Address, HBONE_PORT, OUTBOUND_MARK, OUTBOUND_PORT, PLAINTEXT_PORT, Pod, SocketRole, SocketState,
@@ -33,8 +32,9 @@ use culvert_abi::{
 use crate::connect::Connect;
 use crate::context::{Ends, read};
 use crate::counts::count_direct;
+use crate::joint;
 use crate::maps::{
-    ADDRESSES, AGENT, DIRECT_ROOM, EVENTS, HAVE_MPTCP, LIVE, POD_DIRECT, PODS, VERDICTS,
+    ACCELERATES, ADDRESSES, AGENT, DIRECT_ROOM, EVENTS, HAVE_MPTCP, LIVE, POD_DIRECT, PODS, VERDICTS,
 };
 use crate::socket;
 
@@ -111,7 +111,8 @@ impl Socket<'_> {
         while n < MAX_BACKENDS && n < count {
             let backend = &verdict.backends[n];
             if drawn < backend.weight {
-                let (ip, backend_port, netns) = (backend.ip, backend.port, backend.netns);
+                let (ip, netns) = (backend.ip, backend.netns);
+                let backend_port = backend.port as u32;
                 if is_agents(backend_port) {
                     count_direct(|counts| &mut counts.special);
                     return Choice::Agent;
@@ -128,6 +129,9 @@ impl Socket<'_> {
                 state.backend_port = backend_port;
                 if flags_of(netns) & Pod::BESIDE_CNI != 0 {
                     state.flags = SocketState::ANNOUNCED;
+                }
+                if backend.flags & Backend::ACCELERATED != 0 {
+                    state.flags |= SocketState::ACCELERATED;
                 }
                 return Choice::Straight(state);
             }
@@ -424,6 +428,9 @@ pub fn changed(ctx: &SockOpsContext, netns: u64, ends: &Ends, old: u32, new: u32
                 && let Some(live) = LIVE.get_ptr_mut(netns)
             {
                 add(live, u64::MAX);
+                if ACCELERATES.load() != 0 && joint::forget(cookie) {
+                    joint::add(live, u64::MAX);
+                }
             }
         }
         _ => {}
@@ -451,6 +458,9 @@ fn tell(ops: *mut bpf_sock_ops, kind: u32, old: u32, key: &DirectKey, flow: &Dir
         // What is sent counts the SYN; both count the FIN (`tcp_sock.bytes_acked`).
         (*event).sent = acked.saturating_sub(1).saturating_sub(ours as u64);
         (*event).received = received.saturating_sub(theirs as u64);
+        if ACCELERATES.load() != 0 {
+            joint::tell(event, flow.socket);
+        }
         (*event).srtt = read!((*ops).srtt_us);
         (*event).min_rtt = read!((*ops).rtt_min);
         (*event).retransmits = read!((*ops).total_retrans);
@@ -485,7 +495,7 @@ fn add(live: *mut Live, number: u64) {
 
 /// The key at the client's end.
 #[inline(always)]
-fn direct_key(ends: &Ends) -> DirectKey {
+pub fn direct_key(ends: &Ends) -> DirectKey {
     DirectKey {
         source: ends.local,
         destination: ends.remote,

@@ -13,6 +13,7 @@
 //! | `cv_getpeername4`, `…6`, `cv_getsockname4`, `…6` | cgroup | 5.8 |
 //! | `cv_sockops` | cgroup | 5.15, for the namespace's cookie |
 //! | `cv_sk_lookup` | each pod's network namespace | 5.9 |
+//! | `cv_sk_msg` | `cv_joined`, while the agent accelerates | 5.8, for storage of the sender's socket |
 
 #![no_std]
 #![no_main]
@@ -25,6 +26,7 @@ mod socket;
 
 mod connect;
 mod direct;
+mod joint;
 
 mod connect4;
 mod connect6;
@@ -37,6 +39,7 @@ mod recvmsg6;
 mod sendmsg4;
 mod sendmsg6;
 mod sk_lookup;
+mod sk_msg;
 mod sockops;
 
 #[panic_handler]

@@ -7,7 +7,8 @@ use aya_ebpf::btf_maps::{
 };
 use aya_ebpf::macros::btf_map;
 use culvert_abi::direct::{
-    Agent, DirectCounts, DirectFlow, DirectKey, EVENTS_SIZE, FlowEvent, Live, Verdict, VerdictKey,
+    Agent, DirectCounts, DirectFlow, DirectKey, EVENTS_SIZE, FlowEvent, Joint, JointEnd, JointKey, Live,
+    MAX_JOINED, Offsets, Verdict, VerdictKey,
 };
 use culvert_abi::{
     Abi, Address, Counts, ExcludedNet, ExcludedPort, Flow, FlowKey, ListenerKey, MAX_FLOWS_PER_POD,
@@ -81,6 +82,25 @@ pub static EVENTS: RingBuf<FlowEvent, EVENTS_SIZE> = RingBuf::new();
 #[btf_map(name = "cv_direct_count")]
 pub static DIRECT_COUNTS: PerCpuArray<DirectCounts, 1> = PerCpuArray::new();
 
+#[btf_map(name = "cv_joined")]
+pub static JOINED: SockHash<JointKey, { 2 * MAX_JOINED }> = SockHash::new();
+
+#[btf_map(name = "cv_joint_ends")]
+pub static JOINT_ENDS: SkStorage<JointKey> = SkStorage::new();
+
+#[btf_map(name = "cv_joints")]
+pub static JOINTS: SparseMap<u64, Joint, MAX_JOINED> = HashMap::new();
+
+/// What a new entry of [`JOINTS`] is: too large for a program's stack.
+#[unsafe(no_mangle)]
+pub static NO_JOINT: Global<Joint> = Global::new(Joint { client: NO_END, server: NO_END });
+
+#[unsafe(no_mangle)]
+pub static ACCELERATES: Global<u8> = Global::new(0);
+
+#[unsafe(no_mangle)]
+pub static OFFSETS: Global<Offsets> = Global::new(NO_OFFSETS);
+
 #[unsafe(no_mangle)]
 pub static NODE_NETNS: Global<u64> = Global::new(0);
 
@@ -95,3 +115,30 @@ pub static HAVE_MPTCP: Global<u8> = Global::new(0);
 
 #[unsafe(no_mangle)]
 pub static DIRECT_ROOM: Global<u32> = Global::new(0);
+
+const NO_END: JointEnd = JointEnd {
+    socket: 0,
+    settled: 0,
+    redirected: 0,
+    sends: 0,
+    receives: 0,
+    has_sent: 0,
+    reserved: 0,
+};
+
+const NO_OFFSETS: Offsets = Offsets {
+    state: 0,
+    rmem_alloc: 0,
+    rcvbuf: 0,
+    rcvlowat: 0,
+    owned: 0,
+    wq: 0,
+    user_data: 0,
+    ulp_ops: 0,
+    write_seq: 0,
+    copied_seq: 0,
+    waiting: 0,
+    entry: 0,
+    private: 0,
+    users: 0,
+};

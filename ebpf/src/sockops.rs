@@ -6,7 +6,7 @@
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
-    BPF_ANY, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
+    BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
     BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
     BPF_SOCK_OPS_WRITE_HDR_OPT_CB, BPF_TCP_CLOSE, BPF_TCP_FIN_WAIT2, BPF_TCP_SYN_SENT, bpf_sock,
     bpf_sock_ops,
@@ -21,11 +21,11 @@ use culvert_abi::{Flow, FlowKey, OUTBOUND_PORT, Probe, SocketRole, SocketState};
 
 use crate::context::{Ends, read, socket_ends};
 use crate::counts::count;
-use crate::maps::{ADDRESSES, NODE_NETNS, POD_FLOWS, PROBES};
-use crate::{direct, socket};
+use crate::maps::{ACCELERATES, ADDRESSES, NODE_NETNS, POD_FLOWS, PROBES};
+use crate::{direct, joint, socket};
 
 /// `BPF_CGROUP_SOCK_OPS`, with the namespace's cookie (Linux 5.15). It is called some sixteen times
-/// per connection and returns at once for all but three of them. Always 1, and never with a reply:
+/// per connection and returns at once for all but a few of them. Always 1, and never with a reply:
 /// what other programs on the cgroup answer stays.
 #[sock_ops]
 pub fn cv_sockops(ctx: SockOpsContext) -> u32 {
@@ -33,6 +33,7 @@ pub fn cv_sockops(ctx: SockOpsContext) -> u32 {
     // SAFETY: `ops` is the context.
     match unsafe { read!((*ops).op) } {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(&ctx),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => established(&ctx),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(&ctx),
         BPF_SOCK_OPS_STATE_CB => changed(&ctx),
         BPF_SOCK_OPS_HDR_OPT_LEN_CB => direct::reserve_option(&ctx),
@@ -49,7 +50,7 @@ fn netns(ctx: &SockOpsContext) -> u64 {
 }
 
 #[inline(always)]
-fn sock(ops: *mut bpf_sock_ops) -> *mut bpf_sock {
+pub fn sock(ops: *mut bpf_sock_ops) -> *mut bpf_sock {
     // SAFETY: `ops` is the context.
     unsafe { (*ops).__bindgen_anon_2.sk }
 }
@@ -124,12 +125,37 @@ fn watch(ops: *mut bpf_sock_ops) {
     }
 }
 
+/// The connecting end of a connection is complete, and its acknowledgement has not left.
+#[inline(always)]
+fn established(ctx: &SockOpsContext) {
+    if ACCELERATES.load() == 0 {
+        return;
+    }
+    let sk = sock(ctx.ops);
+    if sk.is_null() {
+        return;
+    }
+    // SAFETY: `sk` is the context's, and not null.
+    let Some(state) = (unsafe { socket::state(sk.cast()) }) else { return };
+    // SAFETY: returned by `state`.
+    let state = unsafe { &*state };
+    if state.role != SocketRole::Direct as u32 || state.flags & SocketState::ACCELERATED == 0 {
+        return;
+    }
+    // SAFETY: `ctx.ops` is the context.
+    let ends = unsafe { socket_ends(ctx.ops) };
+    joint::join_client(ctx, netns(ctx), &ends);
+}
+
 /// The accepting end of a connection is complete, and no one has seen it yet.
 #[inline(always)]
 fn accepted(ctx: &SockOpsContext) {
     // SAFETY: `ctx.ops` is the context.
     let ends = unsafe { socket_ends(ctx.ops) };
     if ends.local_port != OUTBOUND_PORT as u32 {
+        if ACCELERATES.load() != 0 {
+            joint::join_server(ctx, netns(ctx), &ends);
+        }
         return;
     }
     let netns = netns(ctx);

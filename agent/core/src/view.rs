@@ -92,7 +92,7 @@ pub struct Unanswered(pub ResourceKey);
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Enrolled {
     uids: HashSet<Arc<str>>,
-    tunnelled: Arc<Tunnelled>,
+    tunnelled: Arc<Chosen>,
 }
 
 impl Enrolled {
@@ -111,7 +111,7 @@ impl Enrolled {
     }
 
     /// The same with tunnels within the node for these.
-    pub fn tunnelled(self, tunnelled: Arc<Tunnelled>) -> Self {
+    pub fn tunnelled(self, tunnelled: Arc<Chosen>) -> Self {
         Self { tunnelled, ..self }
     }
 
@@ -127,17 +127,16 @@ impl FromIterator<Arc<str>> for Enrolled {
     }
 }
 
-/// Workloads whose connections are tunnelled within the node, too; nobody's by default.
+/// Workloads that the operator names; none by default.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Tunnelled {
-    /// Those of all workloads.
+pub struct Chosen {
     pub everyone: bool,
     pub namespaces: BTreeSet<Arc<str>>,
     /// Namespace, and the name of the pod or of its owner.
     pub workloads: BTreeSet<(Arc<str>, Arc<str>)>,
 }
 
-impl Tunnelled {
+impl Chosen {
     pub fn includes(&self, workload: &Workload) -> bool {
         let is_named =
             |name: &Arc<str>| self.workloads.contains(&(workload.namespace.clone(), name.clone()));

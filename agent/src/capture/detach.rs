@@ -18,13 +18,16 @@ pub struct DetachReport {
     pub programs: usize,
     /// Pods that were enrolled.
     pub pods: usize,
+    /// Accelerated connections: they cannot go on as plain ones, and were ended.
+    pub ended: usize,
     /// Pods whose routing rules stay, because no process and no mount leads to their namespace.
     /// The kernel removes them together with it.
     pub unreachable: Vec<NetnsCookie>,
 }
 
 /// Removes everything that agents on this folder left in the kernel. New connections of their pods
-/// go their plain way from then on; connections that the kernel carries by itself go on as plain ones.
+/// go their plain way from then on; connections that the kernel carries by itself go on as plain
+/// ones, but those that it accelerates: what they hold on its way goes with the maps, so they are ended.
 /// A running agent must be stopped first.
 pub fn detach(pin_path: &Path) -> Result<DetachReport, CaptureError> {
     let Some(pins) = Pins::open_existing(pin_path)? else { return Ok(DetachReport::default()) };
@@ -46,8 +49,12 @@ pub fn detach(pin_path: &Path) -> Result<DetachReport, CaptureError> {
             None => unreachable.push(cookie),
         }
     }
-    let (programs, pods) = pins.remove()?;
-    Ok(DetachReport { programs, pods, unreachable })
+    let removed = pins.remove()?;
+    if removed.stuck > 0 {
+        tracing::warn!(connections = removed.stuck, "accelerated connections could not be ended");
+    }
+    let (programs, pods, ended) = (removed.links, removed.pods, removed.ended);
+    Ok(DetachReport { programs, pods, ended, unreachable })
 }
 
 /// Looks where a namespace can be entered: at the processes within, then at mounts.

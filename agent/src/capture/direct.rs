@@ -21,11 +21,11 @@ use parking_lot::Mutex;
 
 use super::maps::{absent_is_fine, failed, is_full, take};
 use super::pins::Pins;
-use super::{CaptureError, CaptureOptions, Netns, sys};
+use super::{Carried, CaptureError, CaptureOptions, Netns, sys};
 
 pub use culvert_abi::direct::DirectCounts;
 pub use events::{Ended, FlowEvent, FlowEvents, TcpFacts};
-pub(super) use orphans::end_all;
+pub(super) use orphans::{end_accelerated, end_all};
 
 /// The cookie of a socket (`SO_COOKIE`), which no other socket ever has while the machine is up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -69,11 +69,13 @@ pub struct Direct {
     pods: Mutex<PodTables>,
     addresses: HashMap<MapData, Address, u64>,
     agent: Mutex<Array<MapData, Agent>>,
+    joints: HashMap<MapData, u64, abi::Joint>,
     counts: PerCpuArray<MapData, DirectCounts>,
     events: Mutex<Option<FlowEvents>>,
     max_verdicts: u32,
     max_pods: u32,
     can_destroy: bool,
+    accelerates: bool,
 }
 
 /// What each pod has of its own.
@@ -110,11 +112,13 @@ impl Direct {
             }),
             addresses: addresses.map_err(|error| failed(ADDRESSES_MAP, error))?,
             agent: Mutex::new(take(object, AGENT_MAP)?),
+            joints: take(object, abi::JOINTS_MAP)?,
             counts: take(object, DIRECT_COUNTS_MAP)?,
             events: Mutex::new(Some(FlowEvents::take(object)?)),
             max_verdicts: options.max_verdicts,
             max_pods: options.max_pods,
             can_destroy,
+            accelerates: options.acceleration.is_some(),
         })
     }
 
@@ -122,6 +126,11 @@ impl Direct {
     /// Without, a live direct connection cannot be revoked.
     pub fn can_destroy(&self) -> bool {
         self.can_destroy
+    }
+
+    /// Whether the programs can join the sockets of connections.
+    pub fn accelerates(&self) -> bool {
+        self.accelerates
     }
 
     /// Lets the kernel admit connections, or replaces what it was told of them. The replacement is
@@ -208,6 +217,19 @@ impl Direct {
         }
     }
 
+    /// What an accelerated connection has carried past TCP so far, by its client's socket; `None` of
+    /// one that is not accelerated.
+    pub fn short(&self, client: SocketCookie) -> Result<Option<Carried>, CaptureError> {
+        match self.joints.get(&client.0, 0) {
+            Ok(abi::Joint { server, .. }) if server.socket == 0 => Ok(None),
+            Ok(abi::Joint { client, server }) => {
+                Ok(Some(Carried { sent: client.redirected, received: server.redirected }))
+            }
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(failed(abi::JOINTS_MAP, error)),
+        }
+    }
+
     /// What happens to direct connections, to be had once. `None` afterwards.
     pub fn events(&self) -> Option<FlowEvents> {
         self.events.lock().take()
@@ -258,7 +280,11 @@ impl Direct {
     /// Connections that come or go meanwhile may be missed; they are few, and the table has a margin.
     fn count_anew(&self, pods: &mut PodTables, cookie: NetnsCookie) -> Result<(), CaptureError> {
         let flows = pods.flows.get(&cookie.0, 0).map_err(|error| failed(POD_DIRECT_MAP, error))?;
-        let live = Live { connections: count(&flows)?, ..Live::default() };
+        let mut joined = 0;
+        let connections = count(&flows, |flow| {
+            joined += u64::from(self.accelerates && self.joints.get(&flow.socket, 0).is_ok());
+        })?;
+        let live = Live { connections, joined, ..Live::default() };
         let result = pods.live.insert(cookie.0, live, 0);
         result.map_err(|error| self.full_or_failed(LIVE_MAP, error))
     }
@@ -287,7 +313,7 @@ impl Direct {
                 continue;
             }
             let Ok(flows) = pods.flows.get(&cookie, 0) else { continue };
-            if count(&flows)? == 0 {
+            if count(&flows, |_| {})? == 0 {
                 absent_is_fine(pods.flows.remove(&cookie))
                     .map_err(|error| failed(POD_DIRECT_MAP, error))?;
             }
@@ -311,12 +337,15 @@ impl Direct {
     }
 }
 
-/// How many connections a pod's table holds.
-fn count(flows: &MapData) -> Result<u64, CaptureError> {
+/// How many connections a pod's table holds; tells of each.
+fn count(flows: &MapData, mut tell: impl FnMut(&abi::DirectFlow)) -> Result<u64, CaptureError> {
     let mut number = 0;
     // SAFETY: the map's keys and values are these types.
     unsafe {
-        sys::map_entries(flows.fd().as_fd(), |_: &abi::DirectKey, _: &abi::DirectFlow| number += 1)
+        sys::map_entries(flows.fd().as_fd(), |_: &abi::DirectKey, flow: &abi::DirectFlow| {
+            number += 1;
+            tell(flow);
+        })
     }
     .map_err(|error| failed(DIRECT_MAP, MapError::IoError(error)))?;
     Ok(number)

@@ -5,11 +5,12 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use aya::Ebpf;
+use aya::{Ebpf, Pod};
+use aya::maps::{MapData, SockHash};
 use aya::pin::PinError;
 use aya::programs::links::FdLink;
 use aya::programs::{
-    CgroupAttachMode, CgroupSockAddr, Program, ProgramError, ProgramFd, SkLookup, SockOps,
+    CgroupAttachMode, CgroupSockAddr, Program, ProgramError, ProgramFd, SkLookup, SkMsg, SockOps,
 };
 
 use super::{CaptureError, sys};
@@ -78,6 +79,23 @@ impl<'a> Programs<'a> {
         let id = program.attach(netns).map_err(failed)?;
         let link = program.take_link(id).map_err(failed)?;
         pin_link(link.into(), pin).map_err(failed)
+    }
+
+    /// Attaches a program to the sockets of a map, or replaces the one that it has: for sockets that
+    /// join the map from then on. It stays for as long as the map does.
+    pub fn attach_to_sockets<K: Pod>(
+        &mut self,
+        name: &'static str,
+        map: &SockHash<MapData, K>,
+    ) -> Result<(), CaptureError> {
+        let failed = |error| CaptureError::Program { program: name, error: Box::new(error) };
+        let program: &mut SkMsg =
+            self.program(name).and_then(TryInto::try_into).map_err(failed)?;
+        program.load().map_err(failed)?;
+        let id = program.attach(map.fd()).map_err(failed)?;
+        // Dropped, it would detach.
+        std::mem::forget(program.take_link(id).map_err(failed)?);
+        Ok(())
     }
 
     /// Replaces the program behind a link to a network namespace.

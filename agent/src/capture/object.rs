@@ -7,8 +7,8 @@ use aya::programs::ProgramType;
 use aya::sys::{BpfHelper, is_helper_supported, is_program_supported};
 use aya::{Ebpf, EbpfLoader};
 use culvert_abi::direct::{
-    AGENT_MAP, DIRECT_COUNTS_MAP, DIRECT_MAP, DIRECT_MARGIN, DIRECT_ROOM, EVENTS_MAP, LIVE_MAP,
-    POD_DIRECT_MAP, VERDICTS_MAP,
+    ACCELERATES, AGENT_MAP, DIRECT_COUNTS_MAP, DIRECT_MAP, DIRECT_MARGIN, DIRECT_ROOM, EVENTS_MAP,
+    JOINED_MAP, JOINT_ENDS_MAP, JOINTS_MAP, LIVE_MAP, OFFSETS, Offsets, POD_DIRECT_MAP, VERDICTS_MAP,
 };
 use culvert_abi::{
     ABI_MAP, ADDRESSES_MAP, COUNTS_MAP, EXCLUDED_NETS_MAP, EXCLUDED_PORTS_MAP, HAVE_MPTCP,
@@ -27,7 +27,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/cu
 /// The ring buffer of aya-log.
 pub const LOGS_MAP: &str = "AYA_LOGS";
 /// Maps that outlive the agent. The constants are not among them: they differ from pod to pod.
-pub const PINNED_MAPS: [&str; 17] = [
+pub const PINNED_MAPS: [&str; 20] = [
     ABI_MAP,
     PODS_MAP,
     ADDRESSES_MAP,
@@ -44,6 +44,9 @@ pub const PINNED_MAPS: [&str; 17] = [
     AGENT_MAP,
     EVENTS_MAP,
     DIRECT_COUNTS_MAP,
+    JOINED_MAP,
+    JOINT_ENDS_MAP,
+    JOINTS_MAP,
     LOGS_MAP,
 ];
 
@@ -57,6 +60,8 @@ pub struct Loader {
     log_level: u8,
     have_set_retval: u8,
     have_mptcp: u8,
+    accelerates: u8,
+    offsets: Offsets,
 }
 
 impl fmt::Debug for Loader {
@@ -80,6 +85,8 @@ impl Loader {
             log_level: log_level(options.log_level),
             have_set_retval: helper(BpfHelper::BPF_FUNC_set_retval)?.into(),
             have_mptcp: helper(BpfHelper::BPF_FUNC_skc_to_mptcp_sock)?.into(),
+            accelerates: options.acceleration.is_some().into(),
+            offsets: options.acceleration.map(|found| found.offsets()).unwrap_or_default(),
         })
     }
 
@@ -108,6 +115,8 @@ impl Loader {
             .override_global(POD_NETNS, &pod, true)
             .override_global(HAVE_SET_RETVAL, &self.have_set_retval, true)
             .override_global(HAVE_MPTCP, &self.have_mptcp, true)
+            .override_global(ACCELERATES, &self.accelerates, true)
+            .override_global(OFFSETS, &self.offsets, true)
             .override_global(aya_log::LEVEL, &self.log_level, true);
         loader.load(OBJECT).map_err(|error| CaptureError::Object(Box::new(error)))
     }

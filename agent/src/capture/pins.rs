@@ -32,6 +32,16 @@ pub struct Pins {
     is_ours: AtomicBool,
 }
 
+/// What was in the folder.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Removed {
+    pub links: usize,
+    pub pods: usize,
+    /// Accelerated connections that were ended, and that could not be.
+    pub ended: usize,
+    pub stuck: usize,
+}
+
 impl Drop for Pins {
     fn drop(&mut self) {
         self.unlock();
@@ -168,14 +178,16 @@ impl Pins {
         Ok(true)
     }
 
-    /// Removes every pin and the folder. Answers how many links and pods there were.
-    pub fn remove(self) -> Result<(usize, usize), CaptureError> {
-        let mut removed = [0, 0];
+    /// Removes every pin and the folder.
+    pub fn remove(self) -> Result<Removed, CaptureError> {
+        let mut removed = Removed::default();
         // Links before maps, so that no program runs on maps that nobody can see any more.
-        for (folder, count) in [LINKS, PODS].into_iter().zip(&mut removed) {
-            for path in entries(&self.root.join(folder))? {
-                *count += usize::from(remove_link(&path)?);
-            }
+        for path in entries(&self.root.join(LINKS))? {
+            removed.links += usize::from(remove_link(&path)?);
+        }
+        (removed.ended, removed.stuck) = direct::end_accelerated(&self);
+        for path in entries(&self.root.join(PODS))? {
+            removed.pods += usize::from(remove_link(&path)?);
         }
         for path in entries(&self.root.join(MAPS))? {
             remove_file(&path)?;
@@ -189,8 +201,7 @@ impl Pins {
                 Ok(()) | Err(_) => {}
             }
         }
-        let [links, pods] = removed;
-        Ok((links, pods))
+        Ok(removed)
     }
 
     fn abi(&self) -> Result<Option<Abi>, CaptureError> {

@@ -13,6 +13,10 @@ pub(super) fn text(pin_path: &Path, report: &DetachReport) -> String {
     let programs = count(report.programs as u64, "program", "programs");
     let pods = count(report.pods as u64, "pod", "pods");
     let mut text = format!("removed {programs} and {pods} of {pins}");
+    if report.ended > 0 {
+        let ended = count(report.ended as u64, "connection", "connections");
+        text.push_str(&format!("\nended {ended} that the kernel accelerated"));
+    }
     if !report.unreachable.is_empty() {
         let cookies: Vec<String> = report.unreachable.iter().map(ToString::to_string).collect();
         text.push_str(&format!(

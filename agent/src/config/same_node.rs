@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use culvert_core::view::Tunnelled;
+use culvert_core::view::Chosen;
 
 use super::environment::{Environment, Setting, duration, number, switch};
 use super::{ConfigError, Named, Redirect};
@@ -13,7 +13,9 @@ pub struct SameNode {
     /// `CULVERT_SAME_NODE`.
     pub path: SameNodePath,
     /// Whose connections are encrypted within the node, too (`CULVERT_SAME_NODE_TUNNELS`).
-    pub tunnelled: Tunnelled,
+    pub tunnelled: Chosen,
+    /// Whose connections among each other go past TCP (`CULVERT_ACCELERATE`); `None`: nobody's.
+    pub accelerated: Option<Chosen>,
     /// To how many destinations of one pod the kernel admits by itself; at least 1
     /// (`CULVERT_SAME_NODE_VERDICTS`).
     pub verdicts_per_pod: u32,
@@ -61,9 +63,19 @@ pub(super) fn same_node(env: &Environment, redirect: Redirect) -> Result<SameNod
     };
     let mut tunnelled = match env.setting("CULVERT_SAME_NODE_TUNNELS")? {
         Some(setting) => named(&setting)?,
-        None => Tunnelled::default(),
+        None => Chosen::default(),
     };
     tunnelled.everyone = path == SameNodePath::Tunnel;
+    let accelerated = match env.setting("CULVERT_ACCELERATE")? {
+        Some(setting) if path != SameNodePath::Kernel => {
+            return Err(ConfigError::Contradiction {
+                setting: setting.name,
+                other: Named("CULVERT_SAME_NODE".to_owned()),
+                why: "only what the kernel carries can be accelerated".to_owned(),
+            });
+        }
+        setting => setting.map(|setting| named(&setting)).transpose()?,
+    };
     let verdicts =
         env.parse("CULVERT_SAME_NODE_VERDICTS", |text| number(text, 1, MOST_VERDICTS))?;
     let admit_time = env.parse("CULVERT_SAME_NODE_ADMIT_TIME", |text| match duration(text)? {
@@ -73,6 +85,7 @@ pub(super) fn same_node(env: &Environment, redirect: Redirect) -> Result<SameNod
     Ok(SameNode {
         path,
         tunnelled,
+        accelerated,
         verdicts_per_pod: verdicts.unwrap_or(DEFAULT_VERDICTS),
         admit_time: admit_time.unwrap_or(DEFAULT_ADMIT_TIME),
         irrevocable: env.parse("CULVERT_SAME_NODE_IRREVOCABLE", switch)?.unwrap_or(false),
@@ -80,8 +93,8 @@ pub(super) fn same_node(env: &Environment, redirect: Redirect) -> Result<SameNod
 }
 
 /// `namespace` and `namespace/workload`, separated by commas.
-fn named(setting: &Setting) -> Result<Tunnelled, ConfigError> {
-    let mut tunnelled = Tunnelled::default();
+fn named(setting: &Setting) -> Result<Chosen, ConfigError> {
+    let mut tunnelled = Chosen::default();
     for item in setting.value.split(',').map(str::trim) {
         let parts: Vec<&str> = item.split('/').collect();
         match parts.as_slice() {

@@ -266,6 +266,13 @@ fn pods_of_one_node_meet_in_the_kernel_unless_said_otherwise() {
     let named = same_node(&[("CULVERT_SAME_NODE_TUNNELS", "pay, shop/front")]).tunnelled;
     assert!(named.namespaces.contains("pay"));
     assert!(named.workloads.contains(&("shop".into(), "front".into())));
+    assert_eq!(default.accelerated, None);
+    let named = same_node(&[("CULVERT_ACCELERATE", "pay,shop/front")]).accelerated.unwrap();
+    assert!(named.namespaces.contains("pay") && !named.everyone);
+    assert!(named.workloads.contains(&("shop".into(), "front".into())));
+    refused(&[("CULVERT_ACCELERATE", "pay/")], &["CULVERT_ACCELERATE", "pay/"]);
+    let agent = [("CULVERT_ACCELERATE", "pay"), ("CULVERT_SAME_NODE", "agent")];
+    refused(&agent, &["CULVERT_ACCELERATE", "CULVERT_SAME_NODE"]);
     refused(&[("CULVERT_SAME_NODE", "never")], &["CULVERT_SAME_NODE", "never"]);
     refused(&[("CULVERT_SAME_NODE_TUNNELS", "pay,/x")], &["CULVERT_SAME_NODE_TUNNELS", "/x"]);
     refused(&[("CULVERT_SAME_NODE_VERDICTS", "0")], &["CULVERT_SAME_NODE_VERDICTS"]);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use culvert_core::tables::NetnsCookie;
 use parking_lot::Mutex;
 
-use crate::capture::Carried;
+use crate::capture::{self, Carried};
 use crate::capture::direct::{DirectFlow, SocketCookie};
 use crate::node::LocalPods;
 use crate::telemetry::ByteCounters;
@@ -41,7 +41,7 @@ impl Meter {
 }
 
 /// Asks the kernel about these. Blocks for microseconds for each of them.
-pub(super) fn read(meters: &[Arc<Meter>], pods: &LocalPods) {
+pub(super) fn read(kernel: &capture::Direct, meters: &[Arc<Meter>], pods: &LocalPods) {
     let mut by_source: HashMap<NetnsCookie, Vec<&Arc<Meter>>> = HashMap::new();
     for meter in meters {
         by_source.entry(meter.flow.source).or_default().push(meter);
@@ -57,10 +57,29 @@ pub(super) fn read(meters: &[Arc<Meter>], pods: &LocalPods) {
         match pod.netns.carried(meters.iter().map(ends)) {
             Ok(read) => {
                 for (meter, carried) in meters.iter().zip(read) {
-                    carried.into_iter().for_each(|carried| meter.advance(carried));
+                    let Some(carried) = carried else { continue };
+                    let short = short(kernel, meter.flow.socket);
+                    meter.advance(Carried {
+                        sent: carried.sent + short.sent,
+                        received: carried.received + short.received,
+                    });
                 }
             }
             Err(error) => tracing::warn!(%source, %error, "cannot read what connections carried"),
+        }
+    }
+}
+
+/// What a connection has carried past TCP.
+fn short(kernel: &capture::Direct, client: SocketCookie) -> Carried {
+    if !kernel.accelerates() {
+        return Carried::default();
+    }
+    match kernel.short(client) {
+        Ok(short) => short.unwrap_or_default(),
+        Err(error) => {
+            tracing::warn!(%error, "cannot read what an accelerated connection carried");
+            Carried::default()
         }
     }
 }

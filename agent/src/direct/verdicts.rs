@@ -16,7 +16,7 @@ use culvert_core::route::Outbound;
 use culvert_core::snapshot::Snapshot;
 use culvert_core::tables::{self, NetnsCookie, VerdictId, VerdictKey};
 use culvert_core::verdict::{self, AskAgent, Verdict};
-use culvert_core::view::{Answers, Coverage, Enrolled, View};
+use culvert_core::view::{Answers, Chosen, Coverage, Enrolled, View};
 use culvert_core::workload::Workload;
 use parking_lot::Mutex;
 use rand::SeedableRng;
@@ -43,6 +43,8 @@ pub struct Terms {
     pub per_pod: usize,
     /// How long they count without an agent.
     pub admit_time: Duration,
+    /// Whose connections among each other may be accelerated.
+    pub accelerated: Chosen,
 }
 
 /// Why the kernel has no verdict.
@@ -79,6 +81,8 @@ struct State {
     /// which verdicts count.
     stuck: Vec<VerdictKey>,
     pods: Arc<PodIndex>,
+    /// The machine has shown that it accelerates well.
+    accelerates: bool,
 }
 
 /// The enrolled pods whose workload is known.
@@ -121,6 +125,7 @@ impl Verdicts {
             stopped: false,
             stuck: Vec::new(),
             pods: Arc::default(),
+            accelerates: false,
         };
         Self {
             capture,
@@ -188,6 +193,28 @@ impl Verdicts {
         }
         let world = World { snapshot: &snapshot, enrolled: &enrolled, pods: &pods };
         self.decide(&world, key, VerdictId(0)).map(|_| None)
+    }
+
+    /// Connections that are made from now on are accelerated, where both workloads are named for it.
+    pub fn accelerate(&self) {
+        let mut state = self.state.lock();
+        if state.stopped {
+            return;
+        }
+        state.accelerates = true;
+        let Some(kernel) = self.capture.direct() else { return };
+        for key in state.table.keys() {
+            let Some(grant) = state.table.get(&key).cloned() else { continue };
+            // What fails goes on as it is.
+            if let Err(error) = kernel.set_verdict(&key, &self.to_kernel(&state, &grant)) {
+                tracing::warn!(source = %key.source, to = %key.destination, %error, "goes on unaccelerated");
+            }
+        }
+    }
+
+    fn to_kernel(&self, state: &State, grant: &Grant) -> tables::Verdict {
+        let chosen = Some(&self.terms.accelerated).filter(|_| state.accelerates);
+        grant.to_kernel(chosen)
     }
 
     /// Neither gives verdicts nor takes them back from now on.
@@ -327,7 +354,7 @@ impl Verdicts {
 
     fn write(&self, state: &mut State, grant: Grant) {
         let Some(kernel) = self.capture.direct() else { return };
-        match kernel.set_verdict(&grant.key, &grant.to_kernel()) {
+        match kernel.set_verdict(&grant.key, &self.to_kernel(state, &grant)) {
             Ok(()) => state.table.insert(grant),
             Err(error) => {
                 self.refused.fetch_add(1, Ordering::Relaxed);
@@ -430,25 +457,30 @@ impl State {
 }
 
 impl Grant {
-    fn backends(&self) -> Vec<tables::Backend> {
+    /// Both ends notice an acceleration, so that both have to be among the chosen.
+    fn backends(&self, chosen: Option<&Chosen>) -> Vec<tables::Backend> {
+        let chosen = chosen.filter(|chosen| chosen.includes(&self.source));
         let backends = self.verdict.backends.iter().zip(&self.pods);
         let backends = backends.map(|(backend, pod)| tables::Backend {
             to: backend.to(),
             netns: pod.netns,
             weight: backend.weight,
+            accelerated: chosen.is_some_and(|chosen| chosen.includes(&backend.workload)),
         });
         backends.collect()
     }
 
-    fn to_kernel(&self) -> tables::Verdict {
-        let backends = self.backends();
+    fn to_kernel(&self, chosen: Option<&Chosen>) -> tables::Verdict {
+        let backends = self.backends(chosen);
         let elsewhere = self.verdict.elsewhere;
         tables::Verdict { id: self.id, expires: self.expires, backends, elsewhere }
     }
 
-    /// Whether the kernel was told the same.
+    /// Whether the kernel was told the same, but for how connections travel.
     fn admits_as(&self, found: &tables::Verdict) -> bool {
-        self.backends() == found.backends && self.verdict.elsewhere == found.elsewhere
+        let told = |backend: &tables::Backend| (backend.to, backend.netns, backend.weight);
+        self.backends(None).iter().map(told).eq(found.backends.iter().map(told))
+            && self.verdict.elsewhere == found.elsewhere
     }
 }
 

@@ -46,6 +46,22 @@ pub struct DirectReading {
     /// Connections that failed because they could not be noted.
     pub unrecorded: u64,
     pub astray: u64,
+    /// Connections whose sockets were joined,
+    pub joined: u64,
+    /// and those that were to be, and found no room,
+    pub joint_full: u64,
+    /// or whose ends do not count alike.
+    pub joint_unequal: u64,
+    /// How often a direction left the short way: the receiver's buffer was full,
+    pub left_full: u64,
+    /// it waits for more than a byte,
+    pub left_low_water: u64,
+    /// another protocol lies above the socket,
+    pub left_layered: u64,
+    /// or one end closes.
+    pub left_closing: u64,
+    /// Whether this machine may accelerate; `None` where it need not show.
+    pub qualified: Option<bool>,
     /// Connections whose opening or end was not told.
     pub events_lost: u64,
 }
@@ -170,7 +186,48 @@ impl Reading for DirectReading {
         }
         let (name, help) = ("culvert_direct_events_lost", "Openings and ends that were not told");
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-        counter::<[(&str, &str); 0], _>(&mut family, &[], self.events_lost)
+        counter::<[(&str, &str); 0], _>(&mut family, &[], self.events_lost)?;
+        self.encode_acceleration(encoder)
+    }
+}
+
+impl DirectReading {
+    /// Nothing where nobody has asked for it.
+    fn encode_acceleration(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
+        let Some(qualified) = self.qualified else { return Ok(()) };
+        let mut family = encoder.encode_descriptor(
+            "culvert_acceleration_qualified",
+            "Whether this machine has shown that it accelerates without losing anything",
+            None,
+            MetricType::Gauge,
+        )?;
+        family.encode_gauge(&u64::from(qualified))?;
+        let mut family = encoder.encode_descriptor(
+            "culvert_acceleration_connections",
+            "Connections that were to be accelerated, by what became of them",
+            None,
+            MetricType::Counter,
+        )?;
+        for (result, count) in
+            [("joined", self.joined), ("full", self.joint_full), ("unequal", self.joint_unequal)]
+        {
+            counter(&mut family, &[("result", result)], count)?;
+        }
+        let mut family = encoder.encode_descriptor(
+            "culvert_acceleration_fallbacks",
+            "How often one direction of a connection went back to TCP, by why",
+            None,
+            MetricType::Counter,
+        )?;
+        for (reason, count) in [
+            ("buffer_full", self.left_full),
+            ("low_water", self.left_low_water),
+            ("layered", self.left_layered),
+            ("closing", self.left_closing),
+        ] {
+            counter(&mut family, &[("reason", reason)], count)?;
+        }
+        Ok(())
     }
 }
 

@@ -83,6 +83,7 @@ impl Node {
             max_pods: 16,
             max_verdicts: 64,
             max_direct: 1024,
+            acceleration: None,
             log_level: LevelFilter::OFF,
         };
         Node { name, id, pods: AtomicU32::new(0), netns, options }

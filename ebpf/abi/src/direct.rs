@@ -17,6 +17,20 @@ pub const EVENTS_MAP: &str = "cv_events";
 /// `PerCpuArray` of one [`DirectCounts`].
 pub const DIRECT_COUNTS_MAP: &str = "cv_direct_count";
 
+/// `SockHash` from [`JointKey`] to the two sockets of each accelerated connection.
+pub const JOINED_MAP: &str = "cv_joined";
+/// `SkStorage` of [`JointKey`]: which end of which connection a socket in [`JOINED_MAP`] is.
+pub const JOINT_ENDS_MAP: &str = "cv_joint_ends";
+/// `HashMap` from [`DirectFlow::socket`] to [`Joint`]: the accelerated connections.
+pub const JOINTS_MAP: &str = "cv_joints";
+/// The program that [`JOINED_MAP`] has, while the agent accelerates or connections that it has
+/// accelerated live.
+pub const SK_MSG_PROGRAM: &str = "cv_sk_msg";
+
+/// Global: whether any connection may be accelerated, `u8`. Otherwise the programs have no code for it.
+pub const ACCELERATES: &str = "ACCELERATES";
+/// Global: where this kernel keeps what the gate looks at, [`Offsets`].
+pub const OFFSETS: &str = "OFFSETS";
 /// Global: how many direct connections one pod may have, `u32`.
 pub const DIRECT_ROOM: &str = "DIRECT_ROOM";
 
@@ -25,6 +39,10 @@ pub const MAX_BACKENDS: usize = 32;
 /// How many entries [`DIRECT_MAP`] has beyond what a pod may have: connections that were let go
 /// while another one took the last place.
 pub const DIRECT_MARGIN: u32 = 512;
+/// How many connections can be accelerated at a time, over all pods.
+pub const MAX_JOINED: usize = 16384;
+/// How many of one pod, so that none can take all the room.
+pub const MAX_JOINED_PER_POD: u32 = 4096;
 /// Size of [`EVENTS_MAP`] in bytes.
 pub const EVENTS_SIZE: usize = 1 << 20;
 
@@ -65,9 +83,16 @@ pub struct Verdict {
 pub struct Backend {
     pub ip: Address,
     /// In host byte order.
-    pub port: u32,
+    pub port: u16,
+    /// A set of `Backend::…`.
+    pub flags: u16,
     pub weight: u32,
     pub netns: u64,
+}
+
+impl Backend {
+    /// Connections to it are accelerated.
+    pub const ACCELERATED: u16 = 1;
 }
 
 /// The ends of a direct connection, as its client sees them. An agent of any version ends by this
@@ -106,6 +131,89 @@ pub struct DirectFlow {
     pub half_received: u64,
 }
 
+/// An accelerated connection, from when its client is established until the client's socket has closed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Joint {
+    pub client: JointEnd,
+    pub server: JointEnd,
+}
+
+/// One end of an accelerated connection.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct JointEnd {
+    /// Where the kernel has the socket; zero until it is in [`JOINED_MAP`]. It is only read from, by a
+    /// helper that may, and what is read counts only if the socket is found in the map afterwards.
+    pub socket: u64,
+    /// [`JointEnd::SETTLED`] with the sequence number up to which the end has read the ordinary
+    /// path, when it was seen that nobody there is still reading from it; else zero.
+    pub settled: u64,
+    /// Bytes that this end has sent past the ordinary path.
+    pub redirected: u64,
+    /// Its next sequence numbers when it was established: of what it sends, and of what it receives.
+    pub sends: u32,
+    pub receives: u32,
+    /// Not zero once its application has sent anything.
+    pub has_sent: u32,
+    pub reserved: u32,
+}
+
+impl JointEnd {
+    pub const SETTLED: u64 = 1 << 32;
+}
+
+/// Names one socket in [`JOINED_MAP`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct JointKey {
+    /// [`DirectFlow::socket`], of both ends.
+    pub socket: u64,
+    /// [`JointKey::CLIENT`] or [`JointKey::SERVER`].
+    pub end: u32,
+    pub reserved: u32,
+}
+
+impl JointKey {
+    pub const CLIENT: u32 = 0;
+    pub const SERVER: u32 = 1;
+}
+
+/// Where this kernel keeps what the gate looks at: bytes from the beginning of the structure that is
+/// named, by the kernel's own description of its types (`/sys/kernel/btf/vmlinux`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offsets {
+    /// `sock.__sk_common.skc_state`
+    pub state: u32,
+    /// `sock.sk_backlog.rmem_alloc`
+    pub rmem_alloc: u32,
+    /// `sock.sk_rcvbuf`
+    pub rcvbuf: u32,
+    /// `sock.sk_rcvlowat`
+    pub rcvlowat: u32,
+    /// `sock.sk_lock.owned`
+    pub owned: u32,
+    /// `sock.sk_wq`
+    pub wq: u32,
+    /// `sock.sk_user_data`
+    pub user_data: u32,
+    /// `inet_connection_sock.icsk_ulp_ops`
+    pub ulp_ops: u32,
+    /// `tcp_sock.write_seq`
+    pub write_seq: u32,
+    /// `tcp_sock.copied_seq`
+    pub copied_seq: u32,
+    /// `socket_wq.wait.head`
+    pub waiting: u32,
+    /// `wait_queue_entry.entry`
+    pub entry: u32,
+    /// `wait_queue_entry.private`
+    pub private: u32,
+    /// `sk_psock.refcnt`
+    pub users: u32,
+}
+
 /// How many direct connections a pod has.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -115,6 +223,8 @@ pub struct Live {
     /// with, and can therefore not be direct.
     pub foreign: u32,
     pub reserved: u32,
+    /// How many of the connections are accelerated.
+    pub joined: u64,
 }
 
 /// What the agent tells the programs from time to time.
@@ -137,7 +247,7 @@ pub struct FlowEvent {
     pub flow: DirectFlow,
     /// When: nanoseconds of `CLOCK_BOOTTIME`.
     pub at: u64,
-    /// Payload bytes that were acknowledged.
+    /// Payload bytes that were acknowledged, or went past TCP.
     pub sent: u64,
     /// Payload bytes that were received.
     pub received: u64,
@@ -183,6 +293,21 @@ pub struct DirectCounts {
     pub astray: u64,
     /// Events that found no room.
     pub events_lost: u64,
+    /// Direct connections whose two sockets are joined.
+    pub joined: u64,
+    /// Direct connections that were to be accelerated and are not: there is no room.
+    pub joint_full: u64,
+    /// The same: their ends do not count their bytes alike, or were not established one after the
+    /// other, as with TCP Fast Open.
+    pub joint_unequal: u64,
+    /// How often a direction left the short way for the ordinary one: the receiver's buffer is full.
+    pub left_full: u64,
+    /// The same: the receiver waits for more than one byte (`SO_RCVLOWAT`).
+    pub left_low_water: u64,
+    /// The same: another protocol lies between an application and its socket, as kernel TLS.
+    pub left_layered: u64,
+    /// The same: one end closes, or is gone.
+    pub left_closing: u64,
 }
 
 const _: () = {
@@ -191,10 +316,14 @@ const _: () = {
     assert!(size_of::<Backend>() == 32);
     assert!(size_of::<DirectKey>() == 40);
     assert!(size_of::<DirectFlow>() == 80);
-    assert!(size_of::<Live>() == 16);
+    assert!(size_of::<JointEnd>() == 40);
+    assert!(size_of::<Joint>() == 80);
+    assert!(size_of::<JointKey>() == 16);
+    assert!(size_of::<Offsets>() == 14 * 4);
+    assert!(size_of::<Live>() == 24);
     assert!(size_of::<Agent>() == 8);
     assert!(size_of::<FlowEvent>() == 168);
-    assert!(size_of::<DirectCounts>() == 11 * 8);
+    assert!(size_of::<DirectCounts>() == 18 * 8);
 };
 
 /// Longer names would be cut off in the kernel.
@@ -207,6 +336,10 @@ const _: () = {
         AGENT_MAP,
         EVENTS_MAP,
         DIRECT_COUNTS_MAP,
+        JOINED_MAP,
+        JOINT_ENDS_MAP,
+        JOINTS_MAP,
+        SK_MSG_PROGRAM,
     ];
     let mut n = 0;
     while n < maps.len() {

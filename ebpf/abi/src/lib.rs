@@ -15,7 +15,7 @@ pub mod direct;
 pub use counts::Counts;
 
 /// Version of the layouts in this crate; kept in [`ABI_MAP`].
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Socket mark of the agent's connections out of a pod (`PACKET_MARK`). The rules that istio-cni puts
 /// into a pod let pass what carries it in its low 12 bits. Our own programs do not look at it: what
@@ -227,6 +227,8 @@ pub struct SocketState {
 impl SocketState {
     /// The SYN of a direct connection carries [`direct::DIRECT_OPTION`].
     pub const ANNOUNCED: u32 = 1;
+    /// The direct connection is to be accelerated.
+    pub const ACCELERATED: u32 = 2;
 
     /// One that is not about a direct connection.
     #[inline(always)]
@@ -438,7 +440,8 @@ mod user {
     use core::net::{IpAddr, Ipv6Addr};
 
     use super::direct::{
-        Agent, Backend, DirectCounts, DirectFlow, DirectKey, FlowEvent, Live, Verdict, VerdictKey,
+        Agent, Backend, DirectCounts, DirectFlow, DirectKey, FlowEvent, Joint, JointEnd, JointKey,
+        Live, Offsets, Verdict, VerdictKey,
     };
     use super::*;
 
@@ -470,7 +473,11 @@ mod user {
         Live,
         Agent,
         FlowEvent,
-        DirectCounts
+        DirectCounts,
+        Joint,
+        JointEnd,
+        JointKey,
+        Offsets
     );
 
     impl From<IpAddr> for Address {

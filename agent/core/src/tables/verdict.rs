@@ -37,6 +37,8 @@ pub struct Backend {
     pub netns: NetnsCookie,
     /// Share of the connections, of the sum over all backends and [`Verdict::elsewhere`].
     pub weight: u32,
+    /// What the two applications send goes past TCP where it may (`sk_msg`).
+    pub accelerated: bool,
 }
 
 /// Connections that the kernel may carry without asking.

@@ -12,7 +12,7 @@ use crate::authorization::{Action, Authorization};
 use crate::fixtures::*;
 use crate::service::{BalanceMode, Scope};
 use crate::snapshot::{Change, RequireWaypoint};
-use crate::view::{Answers, Coverage, Enrolled, Tunnelled};
+use crate::view::{Answers, Coverage, Enrolled, Chosen};
 use crate::workload::{
     ApplicationTunnel, ApplicationTunnelProtocol, GatewayAddress, TunnelProtocol,
 };
@@ -189,18 +189,18 @@ fn tunnels_within_the_node_leave_no_verdict() {
     let mesh = mesh(&[1]);
     let here = || enrolled(&["shop/api-0"]);
     for tunnelled in [
-        Tunnelled { everyone: true, ..Tunnelled::default() },
-        Tunnelled { namespaces: ["web".into()].into(), ..Tunnelled::default() },
-        Tunnelled { namespaces: ["shop".into()].into(), ..Tunnelled::default() },
-        Tunnelled { workloads: [("shop".into(), "api-0".into())].into(), ..Tunnelled::default() },
+        Chosen { everyone: true, ..Chosen::default() },
+        Chosen { namespaces: ["web".into()].into(), ..Chosen::default() },
+        Chosen { namespaces: ["shop".into()].into(), ..Chosen::default() },
+        Chosen { workloads: [("shop".into(), "api-0".into())].into(), ..Chosen::default() },
     ] {
         let here = here().tunnelled(Arc::new(tunnelled));
         assert_eq!(line(verdict(&mesh, &here, "10.1.0.0:80")), AWAY);
     }
-    let others = Tunnelled {
+    let others = Chosen {
         namespaces: ["else".into()].into(),
         workloads: [("web".into(), "api-0".into())].into(),
-        ..Tunnelled::default()
+        ..Chosen::default()
     };
     assert!(verdict(&mesh, &here().tunnelled(Arc::new(others)), "10.1.0.0:80").is_ok());
 }

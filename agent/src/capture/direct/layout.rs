@@ -9,7 +9,7 @@ use culvert_core::tables::{Backend, NetnsCookie, Verdict, VerdictId, VerdictKey}
 use super::{DirectCounts, DirectFlow, SocketCookie};
 
 const NO_BACKEND: abi::Backend =
-    abi::Backend { ip: Address::UNSPECIFIED, port: 0, weight: 0, netns: 0 };
+    abi::Backend { ip: Address::UNSPECIFIED, port: 0, flags: 0, weight: 0, netns: 0 };
 
 pub fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
@@ -40,7 +40,8 @@ pub fn verdict_value(verdict: &Verdict) -> abi::Verdict {
         count += 1;
         *slot = abi::Backend {
             ip: Address::from(backend.to.ip()),
-            port: backend.to.port().into(),
+            port: backend.to.port(),
+            flags: if backend.accelerated { abi::Backend::ACCELERATED } else { 0 },
             weight: backend.weight,
             netns: backend.netns.0,
         };
@@ -58,9 +59,10 @@ pub fn verdict_of(verdict: &abi::Verdict) -> Verdict {
         .iter()
         .take(verdict.count as usize)
         .map(|backend| Backend {
-            to: addr(backend.ip, backend.port),
+            to: addr(backend.ip, backend.port.into()),
             netns: NetnsCookie(backend.netns),
             weight: backend.weight,
+            accelerated: backend.flags & abi::Backend::ACCELERATED != 0,
         })
         .collect();
     let local = backends.iter().fold(0u32, |sum, backend| sum.saturating_add(backend.weight));
@@ -121,5 +123,12 @@ pub fn add(sum: DirectCounts, one: &DirectCounts) -> DirectCounts {
         unrecorded: sum.unrecorded + one.unrecorded,
         astray: sum.astray + one.astray,
         events_lost: sum.events_lost + one.events_lost,
+        joined: sum.joined + one.joined,
+        joint_full: sum.joint_full + one.joint_full,
+        joint_unequal: sum.joint_unequal + one.joint_unequal,
+        left_full: sum.left_full + one.left_full,
+        left_low_water: sum.left_low_water + one.left_low_water,
+        left_layered: sum.left_layered + one.left_layered,
+        left_closing: sum.left_closing + one.left_closing,
     }
 }

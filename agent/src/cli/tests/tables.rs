@@ -236,7 +236,7 @@ fn status_without_programs_names_no_place_where_they_would_be() {
 fn detach_tells_what_it_took_away() {
     let report = |programs, pods, unreachable: &[u64]| {
         let unreachable = unreachable.iter().copied().map(NetnsCookie).collect();
-        detach::text(Path::new("/p"), &DetachReport { programs, pods, unreachable })
+        detach::text(Path::new("/p"), &DetachReport { programs, pods, ended: 0, unreachable })
     };
     assert_eq!(report(0, 0, &[]), "nothing was attached: no pins in /p");
     assert_eq!(report(5, 1, &[]), "removed 5 programs and 1 pod of /p");
