@@ -19,6 +19,7 @@ mod object;
 mod pins;
 mod redirection;
 pub(crate) mod sys;
+pub mod trial;
 
 use std::fs::File;
 use std::io;
@@ -44,9 +45,10 @@ pub use direct::Direct;
 pub use inheritance::is_unattended;
 pub use logs::{KERNEL_LOG, KernelLogs};
 pub use maps::MapCounts;
+pub use object::{Feature, features, release};
 pub use netns::{Carried, DnsSockets, ListenOptions, Listeners, Marks, Netns, NetnsError};
 pub use redirection::{NoOriginalDst, Redirection, plaintext_dst};
-pub use sys::raise_open_files;
+pub use sys::{can_destroy_sockets, raise_open_files};
 
 use links::Programs;
 use maps::Maps;

@@ -5,6 +5,7 @@ mod arguments;
 mod client;
 mod connections;
 mod detach;
+mod doctor;
 mod dump;
 mod explain;
 mod lists;
@@ -16,14 +17,16 @@ use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
 
 use clap::Parser;
 
 use crate::config::{Config, ConfigError, Surroundings, find_cgroup2};
+use crate::doctor::DoctorError;
 use crate::{app, capture};
-use arguments::{Arguments, Command, Format};
+use arguments::{Arguments, Command, DoctorFlags, Format};
 use client::{ClientError, Server};
 use dump::Dump;
 use output::Output;
@@ -43,6 +46,8 @@ pub enum CliError {
     Agent(anyhow::Error),
     #[error("cannot detach: {0}")]
     Detach(capture::CaptureError),
+    #[error(transparent)]
+    Doctor(#[from] DoctorError),
 }
 
 /// A command with its settings, ready to be executed on a runtime.
@@ -51,7 +56,9 @@ pub struct Task(What);
 enum What {
     Run(Box<Config>),
     Look(Box<Command>, Server),
-    Detach(std::path::PathBuf),
+    Detach(PathBuf),
+    Examine { cgroup: PathBuf, pin_path: PathBuf, format: Format },
+    Try(String),
 }
 
 /// The task that arguments and environment ask for. Wrong ones are told on standard error, and
@@ -83,6 +90,15 @@ fn prepare(
             What::Run(Box::new(Config::new(run.flags(), &around)?))
         }
         Command::Detach(detach) => What::Detach(detach.pin_path(variable)),
+        Command::Doctor(DoctorFlags { place: Some(place), .. }) => What::Try(place),
+        Command::Doctor(flags) => {
+            let cgroup = flags.cgroup(variable).or_else(capture::find_cgroup);
+            let cgroup = cgroup.ok_or(ConfigError::Missing {
+                setting: "CULVERT_CGROUP or --cgroup",
+                what: "no cgroup2 file system is mounted; mount one, or name the directory",
+            })?;
+            What::Examine { cgroup, pin_path: flags.pin_path(variable), format: flags.output }
+        }
         look => {
             let server = Server::new(look.admin().and_then(|admin| admin.admin.clone()), variable)?;
             What::Look(Box::new(look), server)
@@ -102,7 +118,9 @@ impl Task {
     pub fn threads(&self) -> NonZeroUsize {
         match &self.0 {
             What::Run(config) => config.worker_threads,
-            What::Look(..) | What::Detach(_) => NonZeroUsize::MIN,
+            What::Look(..) | What::Detach(_) | What::Examine { .. } | What::Try(_) => {
+                NonZeroUsize::MIN
+            }
         }
     }
 
@@ -117,6 +135,10 @@ impl Task {
                 }
                 Err(error) => Err(CliError::Detach(error)),
             },
+            What::Examine { cgroup, pin_path, format } => {
+                examine(&cgroup, &pin_path, format, &mut output).await
+            }
+            What::Try(place) => answer(place, &mut output).await,
         };
         match done {
             Ok(()) => ExitCode::SUCCESS,
@@ -127,6 +149,29 @@ impl Task {
             Err(error) => fail(&error),
         }
     }
+}
+
+async fn examine(
+    cgroup: &Path,
+    pin_path: &Path,
+    format: Format,
+    output: &mut Output,
+) -> Result<(), CliError> {
+    let report = crate::doctor::examine(cgroup, pin_path).await?;
+    match format {
+        Format::Json => output.json(&doctor::json(&report)?)?,
+        Format::Table => output.text(&doctor::text(&report))?,
+    }
+    Ok(())
+}
+
+/// The process that tries: what it found out goes to the one that started it.
+async fn answer(place: String, output: &mut Output) -> Result<(), CliError> {
+    let tried = tokio::task::spawn_blocking(move || crate::doctor::answer(&place)).await;
+    let report = tried.map_err(|error| CliError::Agent(error.into()))??;
+    output.json(&serde_json::to_value(&report).map_err(DoctorError::Answer)?)?;
+    // Cases that have not ended would keep the process.
+    std::process::exit(0)
 }
 
 async fn look(command: Command, server: &Server, output: &mut Output) -> Result<(), CliError> {
@@ -204,7 +249,7 @@ async fn look(command: Command, server: &Server, output: &mut Output) -> Result<
             output.text(&server.post("/logging", &ask.query()).await?)?;
         }
         // `prepare` makes other tasks of these.
-        Command::Run(_) | Command::Detach(_) => {}
+        Command::Run(_) | Command::Detach(_) | Command::Doctor(_) => {}
     }
     Ok(())
 }

@@ -6,6 +6,7 @@
 //! from application to application, also while no agent runs. What happens to them is heard from the
 //! kernel, and told as of any other connection; one that is no longer permitted is ended.
 
+mod acceleration;
 mod flows;
 mod meter;
 mod table;
@@ -26,12 +27,13 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::ca::Certificates;
-use crate::capture::{CaptureError, Redirection};
+use crate::capture::Redirection;
 use crate::capture::direct::{DirectFlow, SocketCookie};
 use crate::node::{LocalPods, Mesh, Node};
 use crate::pods::Pod;
 use crate::telemetry::DirectReading;
 
+pub use acceleration::Standing;
 pub use table::{Grant, LocalPod};
 pub use verdicts::{NoVerdict, Terms};
 
@@ -62,8 +64,7 @@ struct Inner {
     /// them in the destination's place, and tells of them there.
     handed: Mutex<VecDeque<SocketCookie>>,
     live: Mutex<HashMap<SocketCookie, Live>>,
-    /// Whether the machine may accelerate; `None` where nobody has asked for it.
-    qualified: Mutex<Option<bool>>,
+    standing: Mutex<Standing>,
     stopped: CancellationToken,
 }
 
@@ -84,7 +85,7 @@ impl Direct {
             );
             return None;
         }
-        let qualified = capture.direct().filter(|kernel| kernel.accelerates()).map(|_| false);
+        let standing = Standing::at_first(&terms.accelerated, &capture);
         let (offers, offered) = mpsc::channel(OFFERS);
         Some(Self(Arc::new(Inner {
             verdicts: Verdicts::new(capture, certificates, terms),
@@ -92,7 +93,7 @@ impl Direct {
             offered: Mutex::new(Some(offered)),
             handed: Mutex::default(),
             live: Mutex::default(),
-            qualified: Mutex::new(qualified),
+            standing: Mutex::new(standing),
             stopped: CancellationToken::new(),
         })))
     }
@@ -106,21 +107,6 @@ impl Direct {
                 inner.verdicts.follow(publication);
             }
         }));
-    }
-
-    /// Accelerates connections that are made from now on, of those that are named for it.
-    pub fn accelerate(&self) -> Result<(), CaptureError> {
-        if let Some(kernel) = self.0.verdicts.capture().kernel() {
-            kernel.accelerate()?;
-            self.0.verdicts.accelerate();
-            *self.0.qualified.lock() = Some(true);
-        }
-        Ok(())
-    }
-
-    /// Whether connections are accelerated; `None` where nobody has asked for it.
-    pub fn accelerates(&self) -> Option<bool> {
-        *self.0.qualified.lock()
     }
 
     /// Leaves verdicts and connections as they are to another agent, which is there already: from now
@@ -231,7 +217,7 @@ impl Direct {
             left_low_water: counts.left_low_water,
             left_layered: counts.left_layered,
             left_closing: counts.left_closing,
-            qualified: self.accelerates(),
+            qualified: self.standing().qualifies(),
             events_lost: counts.events_lost,
         }
     }

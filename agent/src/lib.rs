@@ -17,6 +17,7 @@ pub mod recheck;
 pub mod accept;
 pub mod capture;
 pub mod direct;
+pub mod doctor;
 pub mod handover;
 pub mod node;
 pub mod packet;

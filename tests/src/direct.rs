@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use culvert_lab::agent::{Agent, AgentOptions};
@@ -15,7 +16,7 @@ use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::expect::answer;
-use crate::{binary, call, connect};
+use crate::{LIMIT, binary, call, connect};
 
 /// How an agent is started that carries everything within the node itself.
 pub fn through_agent(mesh: &Running) -> AgentOptions {
@@ -74,6 +75,30 @@ pub fn closed(place: &Place, at: SocketAddr) -> Result<()> {
         socket.set_reuse_address(true)?;
         socket.bind(&at.into())
     })
+}
+
+/// Reads at least a byte, or the end, from a blocking socket whose calls may give up without a reason,
+/// as those of accelerated connections.
+pub fn read(mut from: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+    let began = Instant::now();
+    loop {
+        match from.read(buffer) {
+            Err(error)
+                if error.kind() == io::ErrorKind::WouldBlock && began.elapsed() < LIMIT / 2 => {}
+            read => return read,
+        }
+    }
+}
+
+/// The same for all of it.
+pub fn read_exact(from: &TcpStream, mut buffer: &mut [u8]) -> io::Result<()> {
+    while !buffer.is_empty() {
+        match read(from, buffer)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            count => buffer = &mut buffer[count..],
+        }
+    }
+    Ok(())
 }
 
 /// How many connections went straight so far.
@@ -161,7 +186,7 @@ impl Shared {
             let block: Vec<u8> =
                 (0..BLOCK as u64).map(|at| ((number * 31 + at * 7) % 251) as u8).collect();
             stream.write_all(&block)?;
-            stream.read_exact(&mut back)?;
+            read_exact(&stream, &mut back)?;
             if back != block {
                 return Err(io::Error::other(format!("block {number} came back as another")));
             }

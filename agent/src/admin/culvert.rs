@@ -45,6 +45,8 @@ pub struct Kernel {
     pub flow_entries: u64,
     /// By how many verdicts it admits connections within the node; `None` where it does not.
     pub verdicts: Option<u64>,
+    /// Whether it accelerates connections, and why not; `None` where nobody is named for it.
+    pub acceleration: Option<String>,
 }
 
 /// A loaded program, as `bpftool prog` shows it.

@@ -62,6 +62,7 @@ impl AdminState for Fixed {
                 programs: vec![Program { name: "culvert_connect4".to_owned(), id: 12 }],
                 flow_entries: 3,
                 verdicts: Some(2),
+                acceleration: None,
             },
         }
     }
@@ -439,7 +440,8 @@ async fn culverts_own_views_have_their_shapes() {
         "connections": {"inbound": 1, "outbound": 0},
         "handover": null,
         "kernel": {"cgroup": "/sys/fs/cgroup", "pinPath": "/sys/fs/bpf/culvert",
-                   "programs": [{"name": "culvert_connect4", "id": 12}], "flowEntries": 3, "verdicts": 2},
+                   "programs": [{"name": "culvert_connect4", "id": 12}], "flowEntries": 3, "verdicts": 2,
+                   "acceleration": null},
     });
     assert_eq!(status, expected);
 

@@ -127,7 +127,9 @@ impl Duty {
             None => self.enrolment.open(),
         }
         if let Some(direct) = node.direct.clone() {
-            tokio::spawn(direct.run(node.clone(), synced()));
+            tokio::spawn(direct.clone().run(node.clone(), synced()));
+            let (cgroup, pin_path) = (config.cgroup.clone(), config.pin_path.clone());
+            tokio::spawn(async move { direct.qualify(&cgroup, &pin_path).await });
         }
         let descriptors = servers.descriptors()?;
         let (closing, open) = drain::drain();

@@ -285,6 +285,7 @@ impl AdminState for State {
 
     fn agent(&self) -> Agent {
         let programs = self.node.capture.programs().into_iter();
+        let standing = self.node.direct.as_ref().map(Direct::standing).unwrap_or_default();
         Agent {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: self.node.name.to_string(),
@@ -297,6 +298,7 @@ impl AdminState for State {
                 programs: programs.map(|(name, id)| Program { name, id }).collect(),
                 flow_entries: flow_entries(&self.node).iter().map(|(_, count)| count).sum(),
                 verdicts: self.node.direct.as_ref().map(|direct| direct.reading().verdicts),
+                acceleration: standing.qualifies().map(|_| standing.to_string()),
             },
         }
     }

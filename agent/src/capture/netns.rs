@@ -24,6 +24,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use super::direct::SocketCookie;
 use super::sys;
 
+pub(super) use routes::{in_namespace, into_io};
 pub use sockets::Carried;
 
 /// Wanted room for questions that wait to be read, in bytes.

@@ -133,8 +133,19 @@ fn log_level(level: LevelFilter) -> u8 {
     })
 }
 
-/// Tells the first thing that this kernel lacks.
-pub fn check_features() -> Result<(), CaptureError> {
+/// Something that the programs use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Feature {
+    pub name: &'static str,
+    /// The first Linux that has it.
+    pub needs: &'static str,
+    /// Nothing goes without it.
+    pub required: bool,
+    pub supported: bool,
+}
+
+/// What this kernel has of what the programs use.
+pub fn features() -> Result<Vec<Feature>, CaptureError> {
     let program = |kind| {
         is_program_supported(kind).map_err(|error| CaptureError::Object(Box::new(error.into())))
     };
@@ -142,26 +153,40 @@ pub fn check_features() -> Result<(), CaptureError> {
         is_helper_supported(kind, helper)
             .map_err(|error| CaptureError::Object(Box::new(error.into())))
     };
-    let netns_cookie = BpfHelper::BPF_FUNC_get_netns_cookie;
-    require("connect hooks", "4.17", program(ProgramType::CgroupSockAddr)?)?;
-    require("socket storage in connect hooks", "5.8", {
-        helper(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_sk_storage_get)?
-    })?;
-    require("sk_lookup", "5.9", program(ProgramType::SkLookup)?)?;
-    require("bpf_get_netns_cookie in sockops", "5.15", helper(ProgramType::SockOps, netns_cookie)?)
+    let (connect, sockops) = (ProgramType::CgroupSockAddr, ProgramType::SockOps);
+    let feature = |name, needs, supported| Feature { name, needs, required: true, supported };
+    let optional = |feature: Feature| Feature { required: false, ..feature };
+    let storage = helper(connect, BpfHelper::BPF_FUNC_sk_storage_get)?;
+    let cookie = helper(sockops, BpfHelper::BPF_FUNC_get_netns_cookie)?;
+    let retval = helper(connect, BpfHelper::BPF_FUNC_set_retval)?;
+    let mptcp = helper(connect, BpfHelper::BPF_FUNC_skc_to_mptcp_sock)?;
+    let redirect = helper(ProgramType::SkMsg, BpfHelper::BPF_FUNC_sk_storage_get)?;
+    Ok(vec![
+        feature("connect hooks", "4.17", program(connect)?),
+        feature("socket storage in connect hooks", "5.8", storage),
+        feature("sk_lookup", "5.9", program(ProgramType::SkLookup)?),
+        feature("bpf_get_netns_cookie in sockops", "5.15", cookie),
+        optional(feature("bpf_set_retval in connect hooks", "5.18", retval)),
+        optional(feature("bpf_skc_to_mptcp_sock in connect hooks", "5.19", mptcp)),
+        optional(feature("sk_msg with socket storage", "5.8", redirect)),
+    ])
 }
 
-fn require(
-    feature: &'static str,
-    needs: &'static str,
-    supported: bool,
-) -> Result<(), CaptureError> {
-    if supported {
-        return Ok(());
+/// Tells the first thing that this kernel lacks.
+pub fn check_features() -> Result<(), CaptureError> {
+    match features()?.into_iter().find(|feature| feature.required && !feature.supported) {
+        None => Ok(()),
+        Some(Feature { name: feature, needs, .. }) => {
+            let running = release();
+            Err(CaptureError::Unsupported { feature, needs, running })
+        }
     }
+}
+
+/// The running kernel's version.
+pub fn release() -> String {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease");
-    let running = release.map_or("unknown".to_owned(), |release| release.trim().to_owned());
-    Err(CaptureError::Unsupported { feature, needs, running })
+    release.map_or("unknown".to_owned(), |release| release.trim().to_owned())
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! | `GET` | Answer |
 //! |---|---|
-//! | `/culvert/status` | `{"version", "node", "ready": bool, "pending": [task], "uptimeSeconds", "source": {"kind": "file", "path", "loadedAt": RFC 3339 or null, "ageSeconds": or null, "error": null or text}, "snapshot": {"workloads", "services", "policies"}, "pods": {"enrolled", "failed"}, "certificates": {"available", "unavailable"}, "connections": {"inbound", "outbound"}, "handover": null or text, "kernel": {"cgroup", "pinPath", "programs": [{"name", "id"}], "flowEntries", "verdicts": or null}}` |
+//! | `/culvert/status` | `{"version", "node", "ready": bool, "pending": [task], "uptimeSeconds", "source": {"kind": "file", "path", "loadedAt": RFC 3339 or null, "ageSeconds": or null, "error": null or text}, "snapshot": {"workloads", "services", "policies"}, "pods": {"enrolled", "failed"}, "certificates": {"available", "unavailable"}, "connections": {"inbound", "outbound"}, "handover": null or text, "kernel": {"cgroup", "pinPath", "programs": [{"name", "id"}], "flowEntries", "verdicts": or null, "acceleration": or null}}` |
 //! | `/culvert/pods` | `[{"workload": uid, "name", "namespace", "serviceAccount", "netns": path, "cookie", "addresses": [ip], "state": "Enrolled" or "Failed: why", "certificate": state as in `/config_dump`, "connections": {"inbound", "outbound"}, "verdicts"}]` |
 //! | `/culvert/connections` | `[{"direction": "inbound" or "outbound", "protocol": "HBONE", "DOUBLEHBONE", "TCP", "LOCAL" or "DIRECT", "src": ip:port of the client, "dst": what the client asked for, or null, "target": ip:port that was dialled for it, "srcIdentity": or null, "dstIdentity": or null, "workload": uid of the local workload, "service": "namespace/hostname" or null, "policy": by which policy and rule, or why else, it is permitted, or null, "openedSecondsAgo", "received": bytes, "sent": bytes}]` |
 //! | `/culvert/explain?src=…&dst=…` | `{"source", "destination", "steps": [{"decision", "result", "because"}], "outcome": "allowed", "refused" or "unknown", "policy": "namespace/name" or null, "rule": index from 0 or null, "path": "passthrough", "direct", "local", "tunnel" or null, "via": ip:port or null, "authority": or null}` |
@@ -76,6 +76,7 @@ pub(super) struct Kernel {
     pub(super) programs: Vec<Program>,
     pub(super) flow_entries: u64,
     pub(super) verdicts: Option<u64>,
+    pub(super) acceleration: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]

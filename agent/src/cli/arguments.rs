@@ -98,6 +98,16 @@ Examples:
   culvert detach
   culvert detach --pin-path /sys/fs/bpf/culvert-a")]
     Detach(DetachFlags),
+    /// Tell what this machine's kernel can do, and how connections behave that it accelerates.
+    #[command(after_help = "\
+Connections between namespaces that are made for it are accelerated and tried; no other connection
+is touched. It takes about half a minute, root, and no agent. Where a case fails, an agent does not
+accelerate on this machine; what differs is what applications notice that are named for it.
+
+Examples:
+  culvert doctor
+  culvert doctor -o json | jq '.cases[] | select(.result != \"passed\")'")]
+    Doctor(DoctorFlags),
     /// Show or change the agent's log level.
     #[command(after_help = "\
 Examples:
@@ -112,7 +122,7 @@ impl Command {
     /// Which agent to ask, for the commands that ask one.
     pub(super) fn admin(&self) -> Option<&AdminFlag> {
         match self {
-            Command::Run(_) | Command::Detach(_) => None,
+            Command::Run(_) | Command::Detach(_) | Command::Doctor(_) => None,
             Command::Status(list) | Command::Pods(list) | Command::Certificates(list) => {
                 Some(&list.admin)
             }
@@ -153,6 +163,8 @@ In a mesh of Istio's, with defaults as in a pod of Kubernetes:
   TRUST_DOMAIN_ALIASES              other names of the own trust domain [none]
   CRL_PATH                          revocation lists, PEM or DER [none]
   INPOD_UDS                         istio-cni's socket [/var/run/ztunnel/ztunnel.sock]
+  CULVERT_ACCELERATE                namespaces, and workloads as namespace/name, with commas: what
+                                    they say to each other on this node goes past TCP [none]
   CULVERT_REDIRECT                  ebpf, or cni for the rules that istio-cni sets [ebpf]
   ISTIO_META_DNS_CAPTURE            answer the pods' DNS questions [true]
   ISTIO_META_*, ISTIO_METAJSON_*    node metadata for the control plane
@@ -315,6 +327,35 @@ impl DetachFlags {
     pub(super) fn pin_path(self, variable: &dyn Fn(&str) -> Option<OsString>) -> PathBuf {
         let stated = variable("CULVERT_PIN_PATH").filter(|path| !path.is_empty());
         self.pin_path.or(stated.map(Into::into)).unwrap_or_else(|| DEFAULT_PIN_PATH.into())
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DoctorFlags {
+    /// Beside which folder on a BPF file system it is tried [env: CULVERT_PIN_PATH] [default: /sys/fs/bpf/culvert]
+    #[arg(long, value_name = "DIR")]
+    pin_path: Option<PathBuf>,
+    /// Below which cgroup it is tried [env: CULVERT_CGROUP] [default: the cgroup2 mount]
+    #[arg(long, value_name = "DIR")]
+    cgroup: Option<PathBuf>,
+    /// For people or for programs
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub(super) output: Format,
+    /// The process that tries is told where.
+    #[arg(long = "in", hide = true, value_name = "JSON")]
+    pub(super) place: Option<String>,
+}
+
+impl DoctorFlags {
+    pub(super) fn pin_path(&self, variable: &dyn Fn(&str) -> Option<OsString>) -> PathBuf {
+        let stated = variable("CULVERT_PIN_PATH").filter(|path| !path.is_empty());
+        let stated = self.pin_path.clone().or(stated.map(Into::into));
+        stated.unwrap_or_else(|| DEFAULT_PIN_PATH.into())
+    }
+
+    pub(super) fn cgroup(&self, variable: &dyn Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+        let stated = variable("CULVERT_CGROUP").filter(|path| !path.is_empty());
+        self.cgroup.clone().or(stated.map(Into::into))
     }
 }
 

@@ -76,12 +76,16 @@ fn kernel(kernel: &Kernel) -> Vec<String> {
         Some(verdicts) => format!("admits by {}", count(verdicts, "verdict", "verdicts")),
         None => "admits nothing by itself".to_owned(),
     };
-    vec![
+    let mut rows = vec![
         row("Kernel", format!("attached to {}, pinned in {}", kernel.cgroup, kernel.pin_path)),
         row("", programs.join(", ")),
         row("", count(kernel.flow_entries, "flow entry", "flow entries")),
         row("", admits),
-    ]
+    ];
+    if let Some(acceleration) = &kernel.acceleration {
+        rows.push(row("", format!("acceleration {acceleration}")));
+    }
+    rows
 }
 
 fn row(label: &str, text: String) -> String {

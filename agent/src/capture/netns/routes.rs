@@ -153,7 +153,7 @@ fn route(family: AddressFamily) -> RouteMessage {
 
 /// A thread of its own enters the namespace: the netlink library is asynchronous, and neither may
 /// the caller's thread wait for it inside, nor is the caller always within a runtime.
-fn in_namespace<T: Send, F: Future<Output = io::Result<T>>>(
+pub fn in_namespace<T: Send, F: Future<Output = io::Result<T>>>(
     netns: &Netns,
     work: impl FnOnce(Handle) -> F + Send,
 ) -> io::Result<T> {
@@ -186,7 +186,7 @@ fn is_absent(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|code| codes.contains(&code))
 }
 
-fn into_io(error: rtnetlink::Error) -> io::Error {
+pub fn into_io(error: rtnetlink::Error) -> io::Error {
     match error {
         rtnetlink::Error::NetlinkError(message) => message.to_io(),
         other => io::Error::other(other),

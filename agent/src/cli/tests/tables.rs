@@ -194,7 +194,7 @@ fn status_shows_a_refused_edit() {
         "connections": {"inbound": 3, "outbound": 4},
         "kernel": {"cgroup": "/sys/fs/cgroup", "pinPath": "/sys/fs/bpf/culvert",
                    "programs": [{"name": "connect4", "id": 17}, {"name": "lookup", "id": 18}],
-                   "flowEntries": 9, "verdicts": 6},
+                   "flowEntries": 9, "verdicts": 6, "acceleration": "on; differs: splice"},
     });
     shows(
         &status::text(&serde_json::from_value(answer).unwrap()),
@@ -211,6 +211,7 @@ fn status_shows_a_refused_edit() {
             "               connect4 (id 17), lookup (id 18)",
             "               9 flow entries",
             "               admits by 6 verdicts",
+            "               acceleration on; differs: splice",
         ],
     );
 }
