@@ -2,17 +2,16 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::io::{Read, Write};
+use std::io::{self, Write};
 use std::net::{IpAddr, Shutdown, TcpStream};
 use std::time::Duration;
 
 use culvert_lab::agent::{Agent, AgentOptions};
 use culvert_lab::mesh::{Match, Mesh, PolicySpec, Running};
 use culvert_lab::wait;
-use culvert_tests::direct::{Lateness, Stream, opened, warm, with};
-use culvert_tests::expect::{edit, is_refused, logged, rule};
-use culvert_tests::load::Load;
-use culvert_tests::{LIMIT, call, connect, echo, serve};
+use culvert_tests::direct::{Lateness, Stream, opened, read, read_exact, warm, with};
+use culvert_tests::expect::{answer, edit, is_refused, logged, rule};
+use culvert_tests::{LIMIT, binary, connect, serve};
 
 const PORT: u16 = 8080;
 /// The machine is tried first, beside whatever else it does.
@@ -26,8 +25,30 @@ fn started() -> Running {
         .pod("near", "shop", "near")
         .start()
         .unwrap();
-    serve(&mesh, "near", PORT, echo).unwrap();
+    serve(&mesh, "near", PORT, |stream, _| {
+        // Blocking calls may give up here, unlike those of other applications of the tests.
+        let mut buffer = [0; 16 << 10];
+        while let Ok(count @ 1..) = read(&stream, &mut buffer) {
+            if (&stream).write_all(&buffer[..count]).is_err() {
+                return;
+            }
+        }
+    })
+    .unwrap();
     mesh
+}
+
+/// Sends some bytes on a connection of its own, half-closes, and reads them back to the end.
+fn ask(mesh: &Running, to: (IpAddr, u16), number: u32) -> io::Result<()> {
+    let stream = connect(mesh, "client", to)?;
+    let text = vec![number as u8; number as usize % 3_000 + 1];
+    (&stream).write_all(&text)?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut back = vec![0; text.len()];
+    read_exact(&stream, &mut back)?;
+    assert_eq!(back, text);
+    assert_eq!(read(&stream, &mut [0])?, 0, "bytes too many");
+    Ok(())
 }
 
 fn options(mesh: &Running) -> AgentOptions {
@@ -44,7 +65,7 @@ fn tried(mesh: &Running) -> (Agent, bool) {
 fn await_trial(agent: &Agent) -> bool {
     let mut standing = String::new();
     wait::until("the machine to be tried", TRIED, || {
-        let status = culvert_tests::expect::answer(agent, "/culvert/status").unwrap();
+        let status = answer(agent, "/culvert/status").unwrap();
         standing = status["kernel"]["acceleration"].as_str().unwrap().to_owned();
         standing != "the machine is being tried"
     })
@@ -78,7 +99,7 @@ fn exchange(stream: &TcpStream, total: usize) {
         let mut buffer = vec![0; 300_000];
         let mut at = 0;
         loop {
-            match culvert_tests::direct::read(stream, &mut buffer).unwrap() {
+            match read(stream, &mut buffer).unwrap() {
                 0 => break,
                 count => {
                     let wrong = buffer[..count]
@@ -129,14 +150,14 @@ fn who_is_not_named_stays_with_tcp() {
 #[test]
 fn where_nobody_is_named_nothing_is_tried_and_no_program_is_there() {
     let mesh = started();
-    let a = mesh.agent("a", &culvert_tests::binary()).unwrap();
+    let a = mesh.agent("a", &binary()).unwrap();
     let to = near(&mesh)[0];
     warm(&mesh, &a, "client", to).unwrap();
-    let status = culvert_tests::expect::answer(&a, "/culvert/status").unwrap();
+    let status = answer(&a, "/culvert/status").unwrap();
     assert!(status["kernel"]["acceleration"].is_null());
     let programs = status["kernel"]["programs"].to_string();
     assert!(programs.contains("cv_sockops") && !programs.contains("cv_sk_msg"), "{programs}");
-    assert!(a.metric("culvert_acceleration_qualified", &[]).is_err());
+    assert_eq!(joined(&a), 0.0);
 }
 
 #[test]
@@ -148,7 +169,7 @@ fn denied_connection_ends_within_a_moment_and_takes_nothing_more() {
     let mut denied = connect(&mesh, "client", to).unwrap();
     denied.write_all(b"before").unwrap();
     let mut back = [0; 6];
-    culvert_tests::direct::read_exact(&denied, &mut back).unwrap();
+    read_exact(&denied, &mut back).unwrap();
     let nobody = PolicySpec::deny(
         "no-client",
         "shop",
@@ -184,7 +205,7 @@ fn accelerated_connections_outlive_the_agent_and_its_restarts() {
         a.process().kill().unwrap();
         streams.iter().for_each(|stream| stream.wait(20).unwrap());
         // Nobody is there, and what is new is accelerated all the same.
-        assert_eq!(call(&mesh, "client", to[0], "alone").unwrap(), "alone");
+        ask(&mesh, to[0], 7).unwrap();
         a = mesh.agent_with("a", &options(&mesh)).unwrap();
         if round % 2 == 0 {
             assert_eq!(await_trial(&a), qualified);
@@ -205,15 +226,18 @@ fn connections_come_and_go_while_others_stream() {
         warm(&mesh, &a, "client", to).unwrap();
     }
     let streams = to.map(|to| Stream::start(&mesh, "client", to).unwrap());
-    let load = Load::start(&mesh, "client", &to, 4);
-    load.wait_answered(2_000).unwrap();
-    let tally = load.stop();
-    assert_eq!(tally.failed(), 0, "{tally}");
+    let before = joined(&a);
+    std::thread::scope(|scope| {
+        for to in to.into_iter().cycle().take(4) {
+            let mesh = &mesh;
+            scope.spawn(move || (0..500).for_each(|number| ask(mesh, to, number).unwrap()));
+        }
+    });
     for stream in streams {
         stream.stop().unwrap();
     }
     if qualified {
-        assert!(joined(&a) >= 2_000.0);
+        assert!(joined(&a) >= before + 1_900.0);
     }
 }
 

@@ -1,14 +1,14 @@
 //! Cases about waiting: whoever waits for bytes hears of them.
 
-use std::io::Write;
-use std::net::TcpStream;
+use std::io::{ErrorKind, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::bytes::{joined, read};
-use super::stage::{Pair, Stage};
+use super::stage::{Family, Pair, Stage};
 use super::{Fault, Seen, Trial, Tried};
 use crate::capture::trial::{poll, receive};
 
@@ -44,7 +44,8 @@ fn echo(server: &TcpStream) -> Result<(), Fault> {
     }
 }
 
-/// Requests and answers, then messages in one direction, read by calls that wait.
+/// Requests and answers, messages in one direction, and connections whose client ends its sending
+/// before it waits: read by calls that wait.
 fn blocking(stage: &Stage) -> Tried {
     const TIMES: usize = 5_000;
     let mut without = 0;
@@ -59,12 +60,12 @@ fn blocking(stage: &Stage) -> Tried {
                 match receive(&client, &mut buffer, 0) {
                     Ok(0) => return Err(Fault::Lost("the end came too early".to_owned())),
                     Ok(count) => missing -= count.min(missing),
-                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => without += 1,
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => without += 1,
                     Err(error) => return Err(error.into()),
                 }
             }
         }
-        client.shutdown(std::net::Shutdown::Write)?;
+        client.shutdown(Shutdown::Write)?;
         joined(answering)
     })?;
     let Pair { client, server, .. } = stage.pair()?;
@@ -73,7 +74,7 @@ fn blocking(stage: &Stage) -> Tried {
             for _ in 0..4 * TIMES {
                 (&client).write_all(&[1; 200])?;
             }
-            Ok(client.shutdown(std::net::Shutdown::Write)?)
+            Ok(client.shutdown(Shutdown::Write)?)
         });
         let mut buffer = [0; 200];
         let mut missing = 4 * TIMES * 200;
@@ -81,16 +82,57 @@ fn blocking(stage: &Stage) -> Tried {
             match receive(&server, &mut buffer, 0) {
                 Ok(0) => return Err(Fault::Lost("the end came too early".to_owned())),
                 Ok(count) => missing -= count.min(missing),
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => without += 1,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => without += 1,
                 Err(error) => return Err(error.into()),
             }
         }
         joined(sending)
     })?;
+    without += halves(stage)?;
     Ok(match without {
         0 => Seen::AsWithTcp,
-        count => Seen::Otherwise(format!("EAGAIN {count} times in {} messages", 5 * TIMES)),
+        count => Seen::Otherwise(format!("EAGAIN {count} times in {} messages", 5 * TIMES + HALVES)),
     })
+}
+
+const HALVES: usize = 1_600;
+
+/// Many at once, so that what wakes a call comes at any time.
+fn halves(stage: &Stage) -> Result<usize, Fault> {
+    const LANES: usize = 8;
+    thread::scope(|scope| {
+        let (mut answering, mut asking) = (Vec::new(), Vec::new());
+        for _ in 0..LANES {
+            let (listener, to) = stage.listen(Family::V4)?;
+            answering.push(scope.spawn(move || -> Result<(), Fault> {
+                for _ in 0..HALVES / LANES {
+                    let (server, _) = listener.accept()?;
+                    scope.spawn(move || echo(&server));
+                }
+                Ok(())
+            }));
+            asking.push(scope.spawn(move || -> Result<usize, Fault> {
+                (0..HALVES / LANES).map(|_| halve(stage, to)).sum()
+            }));
+        }
+        answering.into_iter().try_for_each(joined)?;
+        asking.into_iter().map(joined).sum()
+    })
+}
+
+fn halve(stage: &Stage, to: SocketAddr) -> Result<usize, Fault> {
+    let client = stage.connect(to)?;
+    (&client).write_all(&[1; 64])?;
+    client.shutdown(Shutdown::Write)?;
+    let mut without = 0;
+    loop {
+        match receive(&client, &mut [0; 256], 0) {
+            Ok(0) => return Ok(without),
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => without += 1,
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 fn polled(stage: &Stage) -> Tried {
@@ -155,7 +197,7 @@ fn time_out(stage: &Stage) -> Tried {
     server.set_read_timeout(Some(TIME))?;
     let began = Instant::now();
     let waited = match receive(&server, &mut [0; 8], 0) {
-        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => began.elapsed(),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => began.elapsed(),
         Ok(count) => return Err(Fault::Lost(format!("{count} bytes that nobody sent"))),
         Err(error) => return Err(error.into()),
     };
