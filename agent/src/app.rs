@@ -25,7 +25,9 @@ use tracing::level_filters::LevelFilter;
 use crate::admin::readiness::{DNS_PROXY, OpenTask, PROXY, Readiness, STATE_MANAGER};
 use crate::admin::{AdminAddrs, Sources};
 use crate::ca::Certificates;
-use crate::capture::{Acceleration, CaptureOptions, KERNEL_LOG, ListenOptions, Marks, Netns, Redirection};
+use crate::capture::{
+    Acceleration, CaptureOptions, KERNEL_LOG, ListenOptions, Marks, Netns, Redirection,
+};
 use crate::config::{Config, DnsSettings, MeshSettings, Redirect, SameNodePath};
 use crate::connections::Connections;
 use crate::direct::{self, Direct};

@@ -45,8 +45,8 @@ pub use direct::Direct;
 pub use inheritance::is_unattended;
 pub use logs::{KERNEL_LOG, KernelLogs};
 pub use maps::MapCounts;
-pub use object::{Feature, features, release};
 pub use netns::{Carried, DnsSockets, ListenOptions, Listeners, Marks, Netns, NetnsError};
+pub use object::{Feature, features, release};
 pub use redirection::{NoOriginalDst, Redirection, plaintext_dst};
 pub use sys::{can_destroy_sockets, raise_open_files};
 

@@ -11,7 +11,7 @@ use culvert_core::admit::HeaderTo;
 use culvert_core::authorization::{Action, Connection};
 use culvert_core::authorize::{self, Denied, DryRun, Permit};
 use culvert_core::snapshot::{Change, Snapshot};
-use culvert_core::view::{Enrolled, Fetched, ResourceKey, Chosen};
+use culvert_core::view::{Chosen, Enrolled, Fetched, ResourceKey};
 use culvert_core::workload::{PolicyKey, Workload};
 use parking_lot::Mutex;
 use tokio::sync::watch;

@@ -23,7 +23,8 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::programs::{SockAddrContext, SockOpsContext};
 use culvert_abi::direct::{
-    Backend, DIRECT_OPTION, DirectFlow, DirectKey, EVENTS_SIZE, FlowEvent, Live, MAX_BACKENDS, Verdict, VerdictKey,
+    Backend, DIRECT_OPTION, DirectFlow, DirectKey, EVENTS_SIZE, FlowEvent, Live, MAX_BACKENDS,
+    Verdict, VerdictKey,
 };
 use culvert_abi::{
     Address, HBONE_PORT, OUTBOUND_MARK, OUTBOUND_PORT, PLAINTEXT_PORT, Pod, SocketRole, SocketState,
@@ -34,7 +35,8 @@ use crate::context::{Ends, read};
 use crate::counts::count_direct;
 use crate::joint;
 use crate::maps::{
-    ACCELERATES, ADDRESSES, AGENT, DIRECT_ROOM, EVENTS, HAVE_MPTCP, LIVE, POD_DIRECT, PODS, VERDICTS,
+    ACCELERATES, ADDRESSES, AGENT, DIRECT_ROOM, EVENTS, HAVE_MPTCP, LIVE, POD_DIRECT, PODS,
+    VERDICTS,
 };
 use crate::socket;
 

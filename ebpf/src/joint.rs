@@ -24,8 +24,8 @@ use aya_ebpf::bindings::{
     BPF_TCP_FIN_WAIT1, BPF_TCP_FIN_WAIT2, bpf_sock_ops, sk_msg_md,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_get_socket_cookie, bpf_map_update_elem, bpf_msg_redirect_hash, bpf_probe_read_kernel, bpf_sk_storage_delete,
-    bpf_sk_storage_get, bpf_sock_hash_update,
+    bpf_get_socket_cookie, bpf_map_update_elem, bpf_msg_redirect_hash, bpf_probe_read_kernel,
+    bpf_sk_storage_delete, bpf_sk_storage_get, bpf_sock_hash_update,
 };
 use aya_ebpf::programs::SockOpsContext;
 use culvert_abi::direct::{
@@ -232,7 +232,9 @@ pub fn send(msg: *mut sk_msg_md) -> u32 {
         let key = ptr::from_mut(&mut key);
         let joined = ptr::from_ref(&JOINED).cast_mut().cast();
         // SAFETY: the helper takes this context (Linux 4.18), and reads the key.
-        if unsafe { bpf_msg_redirect_hash(msg, joined, key.cast(), BPF_F_INGRESS) } as u32 == SK_PASS {
+        if unsafe { bpf_msg_redirect_hash(msg, joined, key.cast(), BPF_F_INGRESS) } as u32
+            == SK_PASS
+        {
             // SAFETY: `msg` is the context.
             from.redirected += unsafe { read!((*msg).size) } as u64;
             return SK_PASS;
@@ -271,7 +273,9 @@ impl Gate {
     #[inline(always)]
     fn way(&self, from: &JointEnd, to: &mut JointEnd) -> Way {
         let offsets = &self.offsets;
-        let Some(written) = look::<u32>(from.socket, offsets.write_seq) else { return Way::Ordinary };
+        let Some(written) = look::<u32>(from.socket, offsets.write_seq) else {
+            return Way::Ordinary;
+        };
         let settled = JointEnd::SETTLED | written as u64;
         if to.settled != settled {
             if look::<u32>(to.socket, offsets.copied_seq) != Some(written) || !self.is_settled(to) {
@@ -279,10 +283,7 @@ impl Gate {
             }
         }
         match self.why_not(from, to) {
-            Some(why) if to.settled == 0 => {
-                let _ = why;
-                Way::Ordinary
-            }
+            Some(_) if to.settled == 0 => Way::Ordinary,
             Some(why) => Way::Leaves(why),
             None => {
                 to.settled = settled;

@@ -7,8 +7,8 @@ use aya_ebpf::btf_maps::{
 };
 use aya_ebpf::macros::btf_map;
 use culvert_abi::direct::{
-    Agent, DirectCounts, DirectFlow, DirectKey, EVENTS_SIZE, FlowEvent, Joint, JointEnd, JointKey, Live,
-    MAX_JOINED, Offsets, Verdict, VerdictKey,
+    Agent, DirectCounts, DirectFlow, DirectKey, EVENTS_SIZE, FlowEvent, Joint, JointEnd, JointKey,
+    Live, MAX_JOINED, Offsets, Verdict, VerdictKey,
 };
 use culvert_abi::{
     Abi, Address, Counts, ExcludedNet, ExcludedPort, Flow, FlowKey, ListenerKey, MAX_FLOWS_PER_POD,

@@ -251,7 +251,11 @@ fn detaching_ends_what_is_accelerated_rather_than_losing_bytes() {
     stream.wait(20).unwrap();
     a.process().kill().unwrap();
     let told = a.detach().unwrap();
-    assert_eq!(told.contains("ended 1 connection that the kernel accelerated"), qualified, "{told}");
+    assert_eq!(
+        told.contains("ended 1 connection that the kernel accelerated"),
+        qualified,
+        "{told}"
+    );
     if qualified {
         wait::until("the stream to end", LIMIT, || stream.is_finished()).unwrap();
         let error = stream.stop().unwrap_err();

@@ -25,6 +25,7 @@ use report::Report;
 #[command(after_help = "Examples:
   cargo xtask bench --quick
   cargo xtask bench --only latency --only cpu-per-10k --json numbers.json
+  cargo xtask bench --path accelerated --only throughput-1 --only latency-1
   CULVERT_BIN=/tmp/other/culvert cargo xtask bench --path cross
   cargo xtask bench scale")]
 pub struct Arguments {
@@ -69,7 +70,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let mut report = Report::default();
     steps.heading("Making the mesh");
     let mut field = None;
-    steps.step("two nodes with agents, two without", || {
+    steps.step("three nodes with agents, two without", || {
         field = Some(Field::start(&binary)?);
         Ok(String::new())
     })?;
@@ -79,12 +80,18 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         let matches = |only: &String| names.iter().any(|name| name.starts_with(only.as_str()));
         arguments.only.is_empty() || arguments.only.iter().any(matches)
     };
-    for path in [Path::Same, Path::Cross] {
+    for path in [Path::Same, Path::Accelerated, Path::Cross] {
         if arguments.path.is_some_and(|only| only != path) {
             continue;
         }
+        if let (Path::Accelerated, Some(because)) = (path, &field.unaccelerated) {
+            println!("\nNothing is accelerated here: {because}");
+            continue;
+        }
         steps.heading(&format!("{}, {rounds} rounds of {seconds} s each", path.title()));
-        for kind in Kind::all().into_iter().filter(&wanted) {
+        // Memory is what it is without.
+        let told = |kind: &Kind| wanted(kind) && (path, *kind) != (Path::Accelerated, Kind::Idle);
+        for kind in Kind::all().into_iter().filter(told) {
             steps.step(kind.title(), || {
                 let figures = match kind {
                     Kind::Idle => measure::idle(&mut field, path, idle)?,

@@ -28,7 +28,8 @@ pub enum NoAcceleration {
 impl Acceleration {
     /// Asks the kernel. Blocks for some milliseconds.
     pub fn find() -> Result<Acceleration, NoAcceleration> {
-        let unknown = |error: aya::programs::ProgramError| NoAcceleration::Unknown(error.to_string());
+        let unknown =
+            |error: aya::programs::ProgramError| NoAcceleration::Unknown(error.to_string());
         let require = |feature, needs, supported| match supported {
             true => Ok(()),
             false => Err(NoAcceleration::Missing { feature, needs }),

@@ -78,11 +78,7 @@ impl Btf {
 
     /// Bytes from the beginning of a structure to a field; a path of fields is written with dots, and
     /// leaves unnamed structures and unions out.
-    pub fn offset(
-        &self,
-        structure: &'static str,
-        field: &'static str,
-    ) -> Result<u32, BtfError> {
+    pub fn offset(&self, structure: &'static str, field: &'static str) -> Result<u32, BtfError> {
         let absent = BtfError::Absent { structure, field };
         let found = self.types.iter().find(|it| it.kind == STRUCT && self.is(it.name, structure));
         let mut bits = 0;

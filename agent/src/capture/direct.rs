@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 
 use super::maps::{absent_is_fine, failed, is_full, take};
 use super::pins::Pins;
-use super::{Carried, CaptureError, CaptureOptions, Netns, sys};
+use super::{CaptureError, CaptureOptions, Carried, Netns, sys};
 
 pub use culvert_abi::direct::DirectCounts;
 pub use events::{Ended, FlowEvent, FlowEvents, TcpFacts};

@@ -5,13 +5,13 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use aya::{Ebpf, Pod};
 use aya::maps::{MapData, SockHash};
 use aya::pin::PinError;
 use aya::programs::links::FdLink;
 use aya::programs::{
     CgroupAttachMode, CgroupSockAddr, Program, ProgramError, ProgramFd, SkLookup, SkMsg, SockOps,
 };
+use aya::{Ebpf, Pod};
 
 use super::{CaptureError, sys};
 
@@ -89,8 +89,7 @@ impl<'a> Programs<'a> {
         map: &SockHash<MapData, K>,
     ) -> Result<(), CaptureError> {
         let failed = |error| CaptureError::Program { program: name, error: Box::new(error) };
-        let program: &mut SkMsg =
-            self.program(name).and_then(TryInto::try_into).map_err(failed)?;
+        let program: &mut SkMsg = self.program(name).and_then(TryInto::try_into).map_err(failed)?;
         program.load().map_err(failed)?;
         let id = program.attach(map.fd()).map_err(failed)?;
         // Dropped, it would detach.

@@ -90,9 +90,8 @@ async fn index(handle: &Handle, name: &str) -> io::Result<u32> {
 /// recv(2) with flags (`MSG_…`).
 pub fn receive(from: &TcpStream, buffer: &mut [u8], flags: i32) -> io::Result<usize> {
     // SAFETY: the kernel writes at most as many bytes as the buffer has.
-    let count = unsafe {
-        libc::recv(from.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), flags)
-    };
+    let count =
+        unsafe { libc::recv(from.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), flags) };
     usize::try_from(count).map_err(|_| io::Error::last_os_error())
 }
 

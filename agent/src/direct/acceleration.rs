@@ -112,7 +112,10 @@ impl Direct {
         {
             kernel.accelerate()?;
             self.0.verdicts.accelerate();
-            tracing::info!(cases = report.cases.len(), "connections within the node are accelerated");
+            tracing::info!(
+                cases = report.cases.len(),
+                "connections within the node are accelerated"
+            );
         }
         Ok(differs)
     }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use culvert_core::tables::NetnsCookie;
 use parking_lot::Mutex;
 
-use crate::capture::{self, Carried};
 use crate::capture::direct::{DirectFlow, SocketCookie};
+use crate::capture::{self, Carried};
 use crate::node::LocalPods;
 use crate::telemetry::ByteCounters;
 

@@ -18,11 +18,7 @@ pub(super) const TRIALS: &[Trial] = &[
         expected: "48 MiB in pieces of many sizes arrive in their order",
         run: order,
     },
-    Trial {
-        name: "both ways at once",
-        expected: "24 MiB each way arrive whole",
-        run: both_ways,
-    },
+    Trial { name: "both ways at once", expected: "24 MiB each way arrive whole", run: both_ways },
     Trial {
         name: "stalled reader",
         expected: "who does not read takes no more memory than with TCP, and loses nothing",
@@ -38,11 +34,7 @@ pub(super) const TRIALS: &[Trial] = &[
         expected: "order is kept, and a call returns all it was asked for",
         run: wait_all,
     },
-    Trial {
-        name: "sendfile",
-        expected: "a file that is sent arrives whole",
-        run: send_file,
-    },
+    Trial { name: "sendfile", expected: "a file that is sent arrives whole", run: send_file },
     Trial {
         name: "short connections",
         expected: "3000 short connections of both families carry what was sent",
@@ -144,7 +136,9 @@ fn send_and_end(to: &TcpStream, pattern: &Pattern, total: u64) -> Result<(), Fau
 }
 
 /// What a thread of a case came to.
-pub(super) fn joined<T>(handle: thread::ScopedJoinHandle<'_, Result<T, Fault>>) -> Result<T, Fault> {
+pub(super) fn joined<T>(
+    handle: thread::ScopedJoinHandle<'_, Result<T, Fault>>,
+) -> Result<T, Fault> {
     handle.join().unwrap_or_else(|_| Err(Fault::Lost("a thread of the case panicked".to_owned())))
 }
 

@@ -117,7 +117,8 @@ fn spliced(stage: &Stage) -> Tried {
             Ok(Seen::AsWithTcp)
         }
         Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(Seen::Otherwise(
-            "EAGAIN: these bytes are for read(2) only, and later ones may come before them".to_owned(),
+            "EAGAIN: these bytes are for read(2) only, and later ones may come before them"
+                .to_owned(),
         )),
         Err(error) => Err(error.into()),
     }

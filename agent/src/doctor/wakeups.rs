@@ -91,7 +91,9 @@ fn blocking(stage: &Stage) -> Tried {
     without += halves(stage)?;
     Ok(match without {
         0 => Seen::AsWithTcp,
-        count => Seen::Otherwise(format!("EAGAIN {count} times in {} messages", 5 * TIMES + HALVES)),
+        count => {
+            Seen::Otherwise(format!("EAGAIN {count} times in {} messages", 5 * TIMES + HALVES))
+        }
     })
 }
 
@@ -203,6 +205,8 @@ fn time_out(stage: &Stage) -> Tried {
     };
     Ok(match waited < TIME / 2 {
         false => Seen::AsWithTcp,
-        true => Seen::Otherwise(format!("it waited {} ms of {}", waited.as_millis(), TIME.as_millis())),
+        true => {
+            Seen::Otherwise(format!("it waited {} ms of {}", waited.as_millis(), TIME.as_millis()))
+        }
     })
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
-use culvert_lab::agent::Agent;
+use culvert_lab::agent::{Agent, AgentOptions};
 use culvert_lab::lab::{Attach, Pod};
 use culvert_lab::mesh::{Mesh, PodSpec, Running};
 use culvert_lab::process::Process;
@@ -22,6 +22,8 @@ use super::measure::resident;
 pub enum Path {
     /// On the same node
     Same,
+    /// On the same node, with bytes that go past TCP
+    Accelerated,
     /// On another node
     Cross,
 }
@@ -37,6 +39,7 @@ impl Path {
     pub fn name(self) -> &'static str {
         match self {
             Self::Same => "same",
+            Self::Accelerated => "accelerated",
             Self::Cross => "cross",
         }
     }
@@ -44,6 +47,7 @@ impl Path {
     pub fn title(self) -> &'static str {
         match self {
             Self::Same => "Same node",
+            Self::Accelerated => "Same node, accelerated",
             Self::Cross => "Across nodes",
         }
     }
@@ -53,9 +57,15 @@ const PORT: u16 = 7000;
 /// Connections that the kernel carried.
 const DIRECT: &[&str] = &["result=\"direct\""];
 
-/// Four nodes: two with agents, and two just like them without.
+/// How the agent says that it accelerates connections, and that it is finding out whether it may.
+const ON: &str = "on";
+const TRYING: &str = "the machine is being tried";
+
+/// Two nodes with agents, two just like them without, and one whose agent accelerates.
 pub struct Field {
     agents: Vec<Agent>,
+    /// Why no connection is accelerated, if none is.
+    pub unaccelerated: Option<String>,
     /// What the agents hold when nobody has connected yet, in megabytes.
     pub fresh: Vec<f64>,
     _servers: Vec<Process>,
@@ -77,20 +87,29 @@ impl Field {
             .pod_with(PodSpec::unknown("plain-near"))
             .node("d")
             .pod_with(PodSpec::unknown("plain-far"))
+            .node("e")
+            .pod("swift-client", "swift", "client")
+            .pod("swift", "swift", "server")
             .start()?;
         let own = std::env::current_exe().context("finding this program")?;
         let mut servers = Vec::new();
-        for name in ["near", "far", "plain-near", "plain-far"] {
+        for name in ["near", "far", "plain-near", "plain-far", "swift"] {
             let place = mesh.pod(name).place();
             let mut command = place.command(&own)?;
             command.args(["bench-server", "--port", &PORT.to_string()]);
             servers.push(place.start(&format!("server-{name}"), &mut command)?);
         }
-        let agents = vec![mesh.agent("a", binary)?, mesh.agent("b", binary)?];
+        let mut agents = vec![mesh.agent("a", binary)?, mesh.agent("b", binary)?];
         let pids: Vec<u32> = agents.iter().map(Agent::pid).collect();
         let fresh = pids.iter().map(|pid| resident(&[*pid])).collect::<Result<_>>()?;
-        let field = Self { agents, fresh, _servers: servers, mesh };
-        for path in [Path::Same, Path::Cross] {
+        let options = AgentOptions {
+            environment: vec![("CULVERT_ACCELERATE".into(), "swift".into())],
+            ..AgentOptions::new(binary, &mesh.config())
+        };
+        agents.push(mesh.agent_with("e", &options)?);
+        let unaccelerated = standing(&agents[2])?;
+        let field = Self { agents, unaccelerated, fresh, _servers: servers, mesh };
+        for path in [Path::Same, Path::Accelerated, Path::Cross] {
             for side in [Side::Plain, Side::Culvert] {
                 field.wait_for(path, side)?;
             }
@@ -102,12 +121,17 @@ impl Field {
     /// Lets the kernel carry what it may within the node. An agent that carries it itself, as older
     /// ones do, is measured as it is.
     fn warm(&self) {
-        for kind in ["requests", "bulk"] {
-            let direct = || self.agents[0].metric("culvert_direct_connections_total", DIRECT);
+        for (path, agent, kind) in [
+            (Path::Same, 0, "requests"),
+            (Path::Same, 0, "bulk"),
+            (Path::Accelerated, 2, "requests"),
+            (Path::Accelerated, 2, "bulk"),
+        ] {
+            let direct = || self.agents[agent].metric("culvert_direct_connections_total", DIRECT);
             let goes_straight = || {
                 let before = direct().unwrap_or_default();
                 let arguments = ["--kind", kind, "--seconds", "0.05"];
-                let ran = self.load(Path::Same, Side::Culvert, &arguments).is_ok();
+                let ran = self.load(path, Side::Culvert, &arguments).is_ok();
                 ran && direct().unwrap_or_default() > before
             };
             if wait::until("the kernel's path", Duration::from_secs(5), goes_straight).is_err() {
@@ -118,8 +142,12 @@ impl Field {
 
     /// The agents that a connection passes on this path.
     pub fn agents(&self, path: Path) -> Vec<u32> {
-        let count = if path == Path::Same { 1 } else { 2 };
-        self.agents.iter().take(count).map(Agent::pid).collect()
+        let passed = match path {
+            Path::Same => &self.agents[..1],
+            Path::Cross => &self.agents[..2],
+            Path::Accelerated => &self.agents[2..],
+        };
+        passed.iter().map(Agent::pid).collect()
     }
 
     /// Runs one load to its end.
@@ -151,7 +179,7 @@ impl Field {
 
     /// How the agents' logs end.
     pub fn logs(&self, lines: usize) -> String {
-        let tails = ["a", "b"].iter().zip(&self.agents).map(|(node, agent)| {
+        let tails = ["a", "b", "e"].iter().zip(&self.agents).map(|(node, agent)| {
             let log = agent.log();
             format!("agent {node}:\n{}", crate::shell::last_lines(&log, lines))
         });
@@ -180,11 +208,24 @@ impl Field {
         let (client, server) = match (side, path) {
             (Side::Culvert, Path::Same) => ("client", "near"),
             (Side::Culvert, Path::Cross) => ("client", "far"),
-            (Side::Plain, Path::Same) => ("plain-client", "plain-near"),
+            (Side::Culvert, Path::Accelerated) => ("swift-client", "swift"),
+            (Side::Plain, Path::Same | Path::Accelerated) => ("plain-client", "plain-near"),
             (Side::Plain, Path::Cross) => ("plain-client", "plain-far"),
         };
         (self.mesh.pod(client), self.mesh.pod(server))
     }
+}
+
+/// Waits until an agent knows whether it may accelerate; why not, if so.
+fn standing(agent: &Agent) -> Result<Option<String>> {
+    let limit = Duration::from_secs(120);
+    let told = wait::until_some("the machine to be tried", limit, || {
+        let answer = agent.admin("/culvert/status")?;
+        let status: serde_json::Value = serde_json::from_str(&answer.body)?;
+        let told = status["kernel"]["acceleration"].as_str().unwrap_or("not known here").to_owned();
+        if told == TRYING { bail!("{told}") } else { Ok(told) }
+    })?;
+    Ok(Some(told).filter(|told| !told.starts_with(ON)))
 }
 
 /// Connections held open by a process.

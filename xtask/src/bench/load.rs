@@ -267,8 +267,24 @@ fn pour(to: SocketAddr, duration: Duration) -> Result<u64> {
     }
     stream.shutdown(Shutdown::Write)?;
     let mut total = [0; 8];
-    stream.read_exact(&mut total).context("reading what arrived")?;
+    read_whole(&mut stream, &mut total).context("reading what arrived")?;
     Ok(u64::from_be_bytes(total))
+}
+
+/// Blocking calls may give up on accelerated connections, long before their time is over.
+fn read_whole(stream: &mut TcpStream, mut buffer: &mut [u8]) -> io::Result<()> {
+    let start = Instant::now();
+    while !buffer.is_empty() {
+        match stream.read(buffer) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(got) => buffer = buffer.get_mut(got..).unwrap_or_default(),
+            Err(error)
+                if error.kind() == io::ErrorKind::WouldBlock
+                    && start.elapsed() < Duration::from_secs(20) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 fn idle(to: SocketAddr, count: usize) -> Result<()> {

@@ -38,9 +38,12 @@ fn swallow(mut stream: TcpStream) -> io::Result<()> {
     let mut buffer = vec![0; 256 << 10];
     let mut total = 0u64;
     loop {
-        match stream.read(&mut buffer)? {
-            0 => break,
-            got => total += got as u64,
+        match stream.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(got) => total += got as u64,
+            // Blocking calls may give up on accelerated connections.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
         }
     }
     stream.write_all(&total.to_be_bytes())

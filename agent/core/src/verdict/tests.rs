@@ -12,7 +12,7 @@ use crate::authorization::{Action, Authorization};
 use crate::fixtures::*;
 use crate::service::{BalanceMode, Scope};
 use crate::snapshot::{Change, RequireWaypoint};
-use crate::view::{Answers, Coverage, Enrolled, Chosen};
+use crate::view::{Answers, Chosen, Coverage, Enrolled};
 use crate::workload::{
     ApplicationTunnel, ApplicationTunnelProtocol, GatewayAddress, TunnelProtocol,
 };

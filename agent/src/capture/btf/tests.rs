@@ -70,5 +70,7 @@ fn running_kernel_describes_a_tcp_socket() {
         Err(BtfError::Unreadable(_)) => return,
         Err(error) => panic!("{error}"),
     };
-    assert!(btf.offset("tcp_sock", "write_seq").unwrap() > btf.offset("sock", "sk_rcvbuf").unwrap());
+    assert!(
+        btf.offset("tcp_sock", "write_seq").unwrap() > btf.offset("sock", "sk_rcvbuf").unwrap()
+    );
 }
