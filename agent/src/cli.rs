@@ -131,6 +131,7 @@ impl Task {
             What::Look(command, server) => look(*command, &server, &mut output).await,
             What::Detach(pin_path) => match capture::detach(&pin_path) {
                 Ok(report) => {
+                    crate::doctor::sweep(None, &pin_path);
                     output.text(&detach::text(&pin_path, &report)).map_err(CliError::Output)
                 }
                 Err(error) => Err(CliError::Detach(error)),
@@ -169,9 +170,7 @@ async fn examine(
 async fn answer(place: String, output: &mut Output) -> Result<(), CliError> {
     let tried = tokio::task::spawn_blocking(move || crate::doctor::answer(&place)).await;
     let report = tried.map_err(|error| CliError::Agent(error.into()))??;
-    output.json(&serde_json::to_value(&report).map_err(DoctorError::Answer)?)?;
-    // Cases that have not ended would keep the process.
-    std::process::exit(0)
+    Ok(output.json(&serde_json::to_value(&report).map_err(DoctorError::Answer)?)?)
 }
 
 async fn look(command: Command, server: &Server, output: &mut Output) -> Result<(), CliError> {

@@ -21,8 +21,8 @@ use serde::{Deserialize, Serialize};
 use crate::capture::{self, Acceleration, CaptureError};
 
 pub use stage::{Place, StageError};
-pub(crate) use supervise::answer;
 pub use supervise::{DoctorError, examine};
+pub(crate) use supervise::{answer, sweep};
 
 use stage::Stage;
 

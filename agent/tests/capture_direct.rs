@@ -73,7 +73,7 @@ impl Mesh {
     }
 
     fn backend(&self, to: SocketAddr, weight: u32) -> Backend {
-        Backend { to, netns: self.server.netns.cookie(), weight }
+        Backend { to, netns: self.server.netns.cookie(), weight, accelerated: false }
     }
 
     /// Allows the client's connections to an address, of which these backends are the pods.

@@ -175,13 +175,15 @@ pub fn features() -> Result<Vec<Feature>, CaptureError> {
 
 /// Tells the first thing that this kernel lacks.
 pub fn check_features() -> Result<(), CaptureError> {
-    match features()?.into_iter().find(|feature| feature.required && !feature.supported) {
-        None => Ok(()),
-        Some(Feature { name: feature, needs, .. }) => {
-            let running = release();
-            Err(CaptureError::Unsupported { feature, needs, running })
-        }
+    features()?.iter().try_for_each(require)
+}
+
+fn require(feature: &Feature) -> Result<(), CaptureError> {
+    if feature.supported || !feature.required {
+        return Ok(());
     }
+    let Feature { name: feature, needs, .. } = *feature;
+    Err(CaptureError::Unsupported { feature, needs, running: release() })
 }
 
 /// The running kernel's version.

@@ -83,7 +83,8 @@ impl Direct {
     /// then on, unless it fails.
     pub async fn qualify(self, cgroup: &Path, pin_path: &Path) {
         if self.standing() != Standing::Trying {
-            return;
+            // Of an agent before, for which somebody was named.
+            return doctor::sweep(Some(cgroup), pin_path);
         }
         let standing = match self.try_out(cgroup, pin_path).await {
             Ok(differs) => Standing::On { differs },

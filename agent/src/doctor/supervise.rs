@@ -38,7 +38,7 @@ pub enum DoctorError {
 /// Tries in a process of its own, in a cgroup of its own below `cgroup`, with pins beside `pin_path`.
 /// All of them are gone when this answers.
 pub async fn examine(cgroup: &Path, pin_path: &Path) -> Result<Report, DoctorError> {
-    sweep(cgroup, pin_path);
+    sweep(Some(cgroup), pin_path);
     let own = std::process::id();
     let scratch = Scratch::new(cgroup, own);
     let mut pins = pin_path.as_os_str().to_owned();
@@ -78,7 +78,7 @@ pub(crate) fn answer(place: &str) -> Result<Report, DoctorError> {
     std::thread::spawn(|| {
         // Nothing is written there: it ends when whoever asked has ended.
         let _ended = io::copy(&mut io::stdin(), &mut io::sink());
-        std::process::exit(1);
+        std::process::abort();
     });
     let mut place: Place = serde_json::from_str(place)?;
     let is_own = |path: &Path| {
@@ -98,8 +98,8 @@ pub(crate) fn answer(place: &str) -> Result<Report, DoctorError> {
 const CGROUP: &str = "culvert-doctor-";
 const PINS: &str = "-doctor-";
 
-/// Removes what trials left whose process was killed.
-fn sweep(cgroup: &Path, pin_path: &Path) {
+/// Removes what trials left whose process was killed. It blocks for some milliseconds.
+pub(crate) fn sweep(cgroup: Option<&Path>, pin_path: &Path) {
     let in_folder = |folder: Option<&Path>, prefix: &str| -> Vec<PathBuf> {
         let entries = folder.and_then(|folder| fs::read_dir(folder).ok()).into_iter().flatten();
         let paths = entries.flatten().map(|entry| entry.path());
@@ -113,7 +113,7 @@ fn sweep(cgroup: &Path, pin_path: &Path) {
         // Those of a trial that runs are locked.
         let _in_use = capture::detach(&pins);
     }
-    for left in in_folder(Some(cgroup), CGROUP) {
+    for left in in_folder(cgroup, CGROUP) {
         let made = fs::metadata(&left).and_then(|metadata| metadata.modified());
         let age = made.ok().and_then(|made| made.elapsed().ok());
         if age.is_some_and(|age| age > LIMIT) {

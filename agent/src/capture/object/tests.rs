@@ -4,9 +4,11 @@ use super::*;
 
 #[test]
 fn missing_feature_is_told_with_the_version_that_has_it() {
-    let error = require("sk_lookup", "5.9", false).unwrap_err().to_string();
+    let missing = Feature { name: "sk_lookup", needs: "5.9", required: true, supported: false };
+    let error = require(&missing).unwrap_err().to_string();
     assert!(error.starts_with("sk_lookup needs Linux 5.9, this is "), "{error}");
-    require("sk_lookup", "5.9", true).unwrap();
+    require(&Feature { supported: true, ..missing }).unwrap();
+    require(&Feature { required: false, ..missing }).unwrap();
 }
 
 #[test]

@@ -1,10 +1,11 @@
 //! Arguments, help, and what becomes of them.
 
 use std::ffi::OsString;
+use std::path::Path;
 
 use clap::{CommandFactory, Parser};
 
-use crate::cli::arguments::{Arguments, Command};
+use crate::cli::arguments::{Arguments, Command, Format};
 use crate::cli::{What, prepare};
 
 fn parse(line: &str) -> Result<Command, clap::Error> {
@@ -41,6 +42,7 @@ fn every_subcommand_is_there_with_help_and_examples() {
             "connections",
             "explain",
             "detach",
+            "doctor",
             "logging",
             "help"
         ]
@@ -116,11 +118,29 @@ fn detach_needs_nothing_but_pins() {
     .0
     {
         What::Detach(path) => path.display().to_string(),
-        What::Run(_) | What::Look(..) => panic!("another task"),
+        What::Run(_) | What::Look(..) | What::Examine { .. } | What::Try(_) => {
+            panic!("another task")
+        }
     };
     assert_eq!(path("detach", &[]), "/sys/fs/bpf/culvert");
     assert_eq!(path("detach", &[("CULVERT_PIN_PATH", "/sys/fs/bpf/b")]), "/sys/fs/bpf/b");
     assert_eq!(path("detach --pin-path /c", &[("CULVERT_PIN_PATH", "/sys/fs/bpf/b")]), "/c");
+}
+
+#[test]
+fn doctor_tries_where_an_agent_would_attach() {
+    let variables = [("CULVERT_CGROUP", "/host/cgroup"), ("CULVERT_PIN_PATH", "/sys/fs/bpf/b")];
+    let task = |line: &str| prepare(parse(line).unwrap(), &environment(&variables), &[]).unwrap().0;
+    let What::Examine { cgroup, pin_path, format } = task("doctor -o json") else {
+        panic!("another task")
+    };
+    assert_eq!(
+        (cgroup.as_path(), pin_path.as_path()),
+        ("/host/cgroup".as_ref(), "/sys/fs/bpf/b".as_ref())
+    );
+    assert_eq!(format, Format::Json);
+    let What::Examine { cgroup, .. } = task("doctor --cgroup /c") else { panic!("another task") };
+    assert_eq!(cgroup.as_path(), Path::new("/c"));
 }
 
 #[test]
