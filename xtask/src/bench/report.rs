@@ -97,7 +97,7 @@ impl fmt::Display for Report {
         let head = ["path", "measure", "plain", "Culvert", "unit", "ratio", "spread"];
         writeln!(
             f,
-            "{:<6} {:<30} {:>10} {:>10} {:<7} {:>7} {:>7}",
+            "{:<11} {:<30} {:>10} {:>10} {:<7} {:>7} {:>7}",
             head[0], head[1], head[2], head[3], head[4], head[5], head[6]
         )?;
         for figure in &self.0 {
@@ -105,7 +105,7 @@ impl fmt::Display for Report {
             let spread = format!("{:.0} %", figure.spread() * 100.0);
             writeln!(
                 f,
-                "{:<6} {:<30} {:>10} {:>10} {:<7} {ratio:>7} {spread:>7}",
+                "{:<11} {:<30} {:>10} {:>10} {:<7} {ratio:>7} {spread:>7}",
                 figure.path,
                 figure.measure,
                 short(figure.plain()),
