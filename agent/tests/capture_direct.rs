@@ -16,7 +16,7 @@ use aya::programs::loaded_programs;
 use culvert_abi::{CGROUP_PROGRAMS, SK_LOOKUP_PROGRAM};
 use culvert_agent::capture::direct::{self, DirectFlow, Ended, FlowEvent, FlowEvents};
 use culvert_agent::capture::{
-    Capture, CaptureError, Direct, Listeners, PodSpec, VerdictId, plaintext_dst,
+    Acceleration, Capture, CaptureError, Direct, Listeners, PodSpec, VerdictId, plaintext_dst,
 };
 use culvert_core::tables::{Backend, Verdict, VerdictKey};
 use lab::*;
@@ -519,7 +519,17 @@ fn agent_that_cannot_keep_the_tables_ends_their_connections() {
 /// that takes seconds.
 #[test]
 fn programs_are_easy_to_verify() {
-    let mesh = Mesh::new();
+    expect_easy(&Mesh::new());
+    let mut node = Node::new();
+    // The programs have more code then.
+    let Ok(acceleration) = Acceleration::find() else { return };
+    node.options.acceleration = Some(acceleration);
+    let mesh = Mesh::on(node);
+    mesh.capture.accelerate().unwrap();
+    expect_easy(&mesh);
+}
+
+fn expect_easy(mesh: &Mesh) {
     let ids: Vec<u32> = mesh.capture.programs().iter().map(|(_, id)| *id).collect();
     let mut seen = 0;
     for program in loaded_programs().flatten() {

@@ -115,6 +115,8 @@ impl Socket<'_> {
             if drawn < backend.weight {
                 let (ip, netns) = (backend.ip, backend.netns);
                 let backend_port = backend.port as u32;
+                // A branch here would be verified once more for each backend.
+                let accelerated = (backend.flags & Backend::ACCELERATED) as u32;
                 if is_agents(backend_port) {
                     count_direct(|counts| &mut counts.special);
                     return Choice::Agent;
@@ -129,11 +131,9 @@ impl Socket<'_> {
                 state.netns = netns;
                 state.backend = ip;
                 state.backend_port = backend_port;
+                state.flags = accelerated * SocketState::ACCELERATED;
                 if flags_of(netns) & Pod::BESIDE_CNI != 0 {
-                    state.flags = SocketState::ANNOUNCED;
-                }
-                if backend.flags & Backend::ACCELERATED != 0 {
-                    state.flags |= SocketState::ACCELERATED;
+                    state.flags |= SocketState::ANNOUNCED;
                 }
                 return Choice::Straight(state);
             }

@@ -91,7 +91,7 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Connections to it are accelerated.
+    /// Connections to it are accelerated. The lowest bit: the programs multiply with it.
     pub const ACCELERATED: u16 = 1;
 }
 
