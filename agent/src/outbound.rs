@@ -16,6 +16,7 @@ use crate::accept::{accept_until, ended, reset, tune};
 use crate::capture::{Original, VerdictId};
 use crate::decide::decide_for;
 use crate::drain::DrainWatch;
+use crate::inbound;
 use crate::node::Node;
 use crate::pods::Pod;
 use crate::telemetry::Reporter;
@@ -24,12 +25,19 @@ mod local;
 mod plain;
 mod tunnel;
 
-/// Serves the captured connections of `pod` until it leaves or the agent drains.
+/// Serves the captured connections of `pod`, and what the kernel could not admit to it after all,
+/// until it leaves or the agent drains.
 pub async fn serve(node: Arc<Node>, pod: Arc<Pod>, listener: TcpListener, drain: DrainWatch) {
     let end = ended(&pod, drain.clone());
     accept_until(&listener, end, |client, peer| {
         let (node, pod, drain) = (node.clone(), node.successor(&pod), drain.clone());
-        tokio::spawn(async move { carry(&node, &pod, client, peer, drain).await });
+        tokio::spawn(async move {
+            if node.capture.is_retracted(&client) {
+                inbound::serve_retracted(&node, &pod, client, peer, drain).await;
+            } else {
+                carry(&node, &pod, client, peer, drain).await;
+            }
+        });
     })
     .await;
 }
