@@ -41,11 +41,11 @@ pub async fn serve_plaintext(
 
 /// Serves a direct connection to `pod` whose verdict was taken back while it was on its way.
 pub async fn serve_retracted(
-    node: &Node,
-    pod: &Arc<Pod>,
+    node: Arc<Node>,
+    pod: Arc<Pod>,
     tcp: TcpStream,
     peer: SocketAddr,
     drain: DrainWatch,
 ) {
-    plaintext::carry(node, pod, tcp, (plaintext::From::Neighbour, peer), drain).await;
+    plaintext::carry(&node, &pod, tcp, (plaintext::From::Neighbour, peer), drain).await;
 }

@@ -275,7 +275,9 @@ pub fn arriving(netns: u64, ends: &Ends) -> Arriving {
     let valid = verdict.is_some_and(|verdict| unsafe { (*verdict).id == id && holds(&*verdict) });
     let admitted = valid && destination == netns;
     // SAFETY: as above; nobody else writes the field.
-    unsafe { (*flow).arrived = if admitted { DirectFlow::ADMITTED } else { DirectFlow::RETRACTED } };
+    unsafe {
+        (*flow).arrived = if admitted { DirectFlow::ADMITTED } else { DirectFlow::RETRACTED }
+    };
     if admitted {
         count_direct(|counts| &mut counts.admitted);
         Arriving::Admitted

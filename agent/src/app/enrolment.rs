@@ -379,7 +379,13 @@ impl Enrolment {
         let own = || (self.node.clone(), pod.clone());
         let ((a, b), (c, d), (e, f)) = (own(), own(), own());
         Ok(vec![
-            self.spawn(outbound::serve(a, b, outbound, self.drain.clone())),
+            self.spawn(outbound::serve(
+                a,
+                b,
+                outbound,
+                self.drain.clone(),
+                inbound::serve_retracted,
+            )),
             self.spawn(inbound::serve_plaintext(c, d, plaintext, self.drain.clone())),
             self.spawn(inbound::serve_hbone(e, f, hbone, self.drain.clone())),
         ])
