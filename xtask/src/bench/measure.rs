@@ -8,15 +8,28 @@ use culvert_lab::{sys, wait};
 
 use super::field::{Field, Path, Side};
 use super::load::Outcome;
-use super::report::Figure;
+use super::report::{Figure, Round};
 
 /// One way of putting load on a path; each gives several measures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Bulk(usize),
     Requests(usize),
+    /// Requests at a fixed pace.
+    Paced,
+    /// The same beside a stream of a fixed rate.
+    Beside,
     Connections(usize),
+    /// Requests at a fixed pace while another pod of the node floods its own destination.
+    Fairness(Flood),
     Idle,
+}
+
+/// What another pod does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flood {
+    Connections,
+    Bytes,
 }
 
 impl Kind {
@@ -26,8 +39,12 @@ impl Kind {
             Self::Bulk(8),
             Self::Requests(1),
             Self::Requests(64),
+            Self::Paced,
+            Self::Beside,
             Self::Connections(1),
             Self::Connections(64),
+            Self::Fairness(Flood::Connections),
+            Self::Fairness(Flood::Bytes),
             Self::Idle,
         ]
     }
@@ -38,6 +55,10 @@ impl Kind {
             Self::Bulk(_) => "throughput of 8 streams",
             Self::Requests(1) => "latency on 1 connection",
             Self::Requests(_) => "latency on 64 connections",
+            Self::Paced => "latency at 2,000 requests/s",
+            Self::Beside => "latency at 1,000 requests/s beside 2 Gbit/s",
+            Self::Fairness(Flood::Connections) => "latency while another pod floods connections",
+            Self::Fairness(Flood::Bytes) => "latency while another pod floods bytes",
             Self::Connections(1) => "connections, 1 at a time",
             Self::Connections(_) => "connections, 64 at a time",
             Self::Idle => "memory of idle connections",
@@ -48,18 +69,26 @@ impl Kind {
     pub fn measures(self) -> Vec<String> {
         let sample = Sample { outcome: Outcome::default(), machine: 0.0, agents: 0.0 };
         match self {
-            Self::Idle => vec![IDLE.to_owned()],
+            Self::Idle => vec![FRESH.to_owned(), IDLE.to_owned()],
+            Self::Fairness(flood) => vec![flood.measure().to_owned()],
             _ => self.figures(&sample).into_iter().map(|(name, ..)| name).collect(),
         }
     }
 
-    fn arguments(self) -> (&'static str, usize) {
-        match self {
-            Self::Bulk(count) => ("bulk", count),
-            Self::Requests(count) => ("requests", count),
-            Self::Connections(count) => ("connections", count),
-            Self::Idle => ("idle", 0),
-        }
+    /// The load, without its duration.
+    fn arguments(self) -> Vec<String> {
+        let (kind, count, more): (_, usize, &[&str]) = match self {
+            Self::Bulk(count) => ("bulk", count, &[]),
+            Self::Requests(count) => ("requests", count, &[]),
+            Self::Connections(count) => ("connections", count, &[]),
+            Self::Paced => ("paced", 8, &["--rate", "2000"]),
+            Self::Beside => ("paced", 8, &["--rate", "1000", "--beside", "2"]),
+            Self::Fairness(_) => ("paced", 8, &["--rate", "1000"]),
+            Self::Idle => ("idle", 0, &[]),
+        };
+        let count = count.to_string();
+        let arguments = ["--kind", kind, "--connections", &count];
+        arguments.iter().chain(more).map(|argument| (*argument).to_owned()).collect()
     }
 
     /// Name, value and unit of each figure of one measurement.
@@ -85,17 +114,42 @@ impl Kind {
                 (format!("cpu-per-10k-requests-{count}"), machine / ten_thousands, "s"),
                 (format!("agent-cpu-per-10k-requests-{count}"), agents / ten_thousands, "s"),
             ],
+            Self::Paced => paced("paced", outcome),
+            Self::Beside => paced("beside-bulk", outcome),
             Self::Connections(count) => vec![
                 (format!("connections-{count}"), rate, "1/s"),
                 (format!("cpu-per-10k-connections-{count}"), machine / ten_thousands, "s"),
                 (format!("agent-cpu-per-10k-connections-{count}"), agents / ten_thousands, "s"),
             ],
-            Self::Idle => Vec::new(),
+            Self::Fairness(_) | Self::Idle => Vec::new(),
         }
     }
 }
 
-const IDLE: &str = "memory-per-10k-idle";
+impl Flood {
+    fn measure(self) -> &'static str {
+        match self {
+            Self::Connections => "p99-beside-connections-flood",
+            Self::Bytes => "p99-beside-bytes-flood",
+        }
+    }
+
+    fn arguments(self) -> [&'static str; 4] {
+        match self {
+            Self::Connections => ["--kind", "connections", "--connections", "32"],
+            Self::Bytes => ["--kind", "bulk", "--connections", "4"],
+        }
+    }
+}
+
+fn paced(name: &str, outcome: &Outcome) -> Vec<(String, f64, &'static str)> {
+    [("p50", outcome.p50), ("p99", outcome.p99), ("p999", outcome.p999)]
+        .map(|(part, value)| (format!("{name}-{part}"), value * 1e6, "µs"))
+        .to_vec()
+}
+
+const FRESH: &str = "memory-fresh";
+const IDLE: &str = "memory-10k-idle";
 
 /// One measurement, with the processor seconds it took.
 struct Sample {
@@ -104,7 +158,7 @@ struct Sample {
     agents: f64,
 }
 
-/// Measures both sides in turn, round after round.
+/// Measures all sides in turn, round after round.
 pub fn alternate(
     field: &mut Field,
     path: Path,
@@ -114,50 +168,100 @@ pub fn alternate(
 ) -> Result<Vec<Figure>> {
     let mut figures: Vec<Figure> = Vec::new();
     for _ in 0..rounds {
-        let plain = kind.figures(&sample(field, path, Side::Plain, kind, seconds)?);
-        let culvert = kind.figures(&sample(field, path, Side::Culvert, kind, seconds)?);
-        for ((measure, plain, unit), (_, culvert, _)) in plain.into_iter().zip(culvert) {
+        let mut round: Vec<(String, Round, &'static str)> = Vec::new();
+        for side in field.sides() {
+            for (measure, value, unit) in sample_of(field, path, side, kind, seconds)? {
+                match round.iter_mut().find(|(name, ..)| *name == measure) {
+                    Some((_, values, _)) => values.set(side, value),
+                    None => {
+                        let mut values = Round::default();
+                        values.set(side, value);
+                        round.push((measure, values, unit));
+                    }
+                }
+            }
+        }
+        for (measure, values, unit) in round {
             match figures.iter_mut().find(|figure| figure.measure == measure) {
-                Some(figure) => figure.rounds.push((plain, culvert)),
-                None => figures.push(Figure {
-                    path: path.name(),
-                    measure,
-                    rounds: vec![(plain, culvert)],
-                    unit,
-                }),
+                Some(figure) => figure.rounds.push(values),
+                None => {
+                    let (path, rounds) = (path.name(), vec![values]);
+                    figures.push(Figure { path, measure, rounds, unit });
+                }
             }
         }
     }
     Ok(figures)
 }
 
+fn sample_of(
+    field: &Field,
+    path: Path,
+    side: Side,
+    kind: Kind,
+    seconds: f64,
+) -> Result<Vec<(String, f64, &'static str)>> {
+    match kind {
+        Kind::Fairness(flood) => {
+            let value = flooded(field, path, side, flood, seconds)?;
+            Ok(vec![(flood.measure().to_owned(), value, "× quiet")])
+        }
+        _ => Ok(kind.figures(&sample(field, path, side, kind, seconds)?)),
+    }
+}
+
 fn sample(field: &Field, path: Path, side: Side, kind: Kind, seconds: f64) -> Result<Sample> {
-    let (load, count) = kind.arguments();
-    let (count, seconds) = (count.to_string(), seconds.to_string());
-    let arguments = ["--kind", load, "--connections", &count, "--seconds", &seconds];
-    let pids = if side == Side::Plain { Vec::new() } else { field.agents(path) };
+    let seconds = seconds.to_string();
+    let arguments = kind.arguments();
+    let mut arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    arguments.extend(["--seconds", &seconds]);
+    let pids = field.agents(path, side);
     let before = (machine_seconds()?, agent_seconds(&pids)?);
     let outcome = field.load(path, side, &arguments)?;
     let after = (machine_seconds()?, agent_seconds(&pids)?);
     Ok(Sample { outcome, machine: after.0 - before.0, agents: after.1 - before.1 })
 }
 
-/// How much the agents grow by connections that do nothing, once they have settled.
+/// How many times its p99 of quiet a pod has while another one of its node floods.
+fn flooded(field: &Field, path: Path, side: Side, flood: Flood, seconds: f64) -> Result<f64> {
+    let quiet = sample(field, path, side, Kind::Fairness(flood), seconds)?.outcome.p99;
+    // Longer than what it is to disturb.
+    let flooding = (seconds + 2.0).to_string();
+    let mut arguments = flood.arguments().to_vec();
+    arguments.extend(["--seconds", &flooding]);
+    let other = field.flood(path, side, &arguments)?;
+    let loud = sample(field, path, side, Kind::Fairness(flood), seconds)?.outcome.p99;
+    other.wait()?;
+    Ok(loud / quiet)
+}
+
+/// The memory of the agent that has most, fresh and with idle connections through it.
 pub fn idle(field: &mut Field, path: Path, count: usize) -> Result<Vec<Figure>> {
-    let pids = field.agents(path);
-    let before = resident(&pids)?;
-    let held = field.hold(path, Side::Culvert, count)?;
-    let mut last = 0.0;
-    wait::until("the agents' memory to settle", Duration::from_secs(20), || {
-        let now = resident(&pids).unwrap_or_default();
-        let settled = (now - last).abs() < 0.1;
-        last = now;
-        settled
-    })?;
-    drop(held);
-    let grown = (last - before).max(0.0) * 1e4 / count as f64;
-    let measure = IDLE.to_owned();
-    Ok(vec![Figure { path: path.name(), measure, rounds: vec![(0.0, grown)], unit: "MB" }])
+    let (mut fresh, mut held) = (Round::default(), Round::default());
+    for side in field.sides() {
+        let pids = field.agents(path, side);
+        if pids.is_empty() {
+            continue;
+        }
+        fresh.set(side, field.fresh(side));
+        let before = resident(&pids)?;
+        let connections = field.hold(path, side, count)?;
+        let mut last = 0.0;
+        wait::until("the agents' memory to settle", Duration::from_secs(20), || {
+            let now = resident(&pids).unwrap_or_default();
+            let settled = (now - last).abs() < 0.1;
+            last = now;
+            settled
+        })?;
+        drop(connections);
+        // In proportion, where fewer connections fit.
+        held.set(side, before + (last - before).max(0.0) * 1e4 / count as f64);
+    }
+    let path = path.name();
+    Ok(vec![
+        Figure { path, measure: FRESH.to_owned(), rounds: vec![fresh], unit: "MB" },
+        Figure { path, measure: IDLE.to_owned(), rounds: vec![held], unit: "MB" },
+    ])
 }
 
 /// Processor seconds of the whole machine, idling left out.
@@ -188,15 +292,16 @@ fn agent_seconds(pids: &[u32]) -> Result<f64> {
     Ok(total / sys::ticks_per_second())
 }
 
-/// Resident memory of the processes together, in megabytes.
-fn resident(pids: &[u32]) -> Result<f64> {
-    let mut total = 0.0;
+/// Resident memory of the process that has most, in megabytes.
+pub fn resident(pids: &[u32]) -> Result<f64> {
+    let mut most = 0.0f64;
     for pid in pids {
         let path = format!("/proc/{pid}/status");
         let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
         let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let kilobytes = line.and_then(|line| line.trim().split(' ').next()?.parse::<f64>().ok());
-        total += kilobytes.with_context(|| format!("no VmRSS in {path}"))? * 1024.0 / 1e6;
+        let kilobytes = kilobytes.with_context(|| format!("no VmRSS in {path}"))?;
+        most = most.max(kilobytes * 1024.0 / 1e6);
     }
-    Ok(total)
+    Ok(most)
 }
