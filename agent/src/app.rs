@@ -36,6 +36,7 @@ use crate::node::{Fetch, Mesh, Node, Options};
 use crate::recheck::recheck;
 use crate::telemetry::Telemetry;
 use crate::telemetry::logging::{Directives, LogControl, LogFormat, Logging};
+use crate::workers::Workers;
 use crate::xds::Xds;
 use crate::{config, hbone};
 
@@ -86,7 +87,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let ready = certificates::ready(rooms.certificates.clone(), synced(&xds));
     let begun = beginning.capture(&config, &first, ready, &mut signals).await?;
     let Some(Begun { capture, bequest }) = begun else { return Ok(()) };
-    let node = Arc::new(make_node(&config, &settings, rooms, capture, fetch)?);
+    let (workers, _carrying) = Workers::start(config.worker_threads)?;
+    let node = Arc::new(make_node(&config, &settings, rooms, capture, fetch, workers)?);
 
     let (trigger, draining) = drain::drain();
     let named = first.culvert.pods;
@@ -161,6 +163,7 @@ fn make_node(
     rooms: Rooms,
     capture: Redirection,
     fetch: Option<Arc<dyn Fetch>>,
+    workers: Workers,
 ) -> anyhow::Result<Node> {
     if let Some(logs) = capture.logs() {
         tokio::spawn(logs.forward());
@@ -182,6 +185,7 @@ fn make_node(
         connections: Connections::default(),
         fetch,
         tunnels: tunnel_settings(config),
+        workers,
         keepalive: config.keepalive,
         options: Options {
             response_baggage: config.response_baggage,

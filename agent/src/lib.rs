@@ -22,6 +22,7 @@ pub mod node;
 pub mod packet;
 pub mod pods;
 pub mod session;
+pub mod workers;
 
 pub mod dial;
 pub mod dns;

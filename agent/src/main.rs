@@ -10,7 +10,8 @@ fn main() -> ExitCode {
         Err(code) => return code,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(task.threads().get())
+        // Connections have threads of their own.
+        .worker_threads(1)
         .thread_name("culvert")
         .enable_all()
         .build();
