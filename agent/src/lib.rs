@@ -15,6 +15,7 @@ pub mod decide;
 pub mod recheck;
 
 pub mod accept;
+mod blocks;
 pub mod capture;
 pub mod direct;
 pub mod handover;

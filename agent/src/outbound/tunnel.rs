@@ -27,7 +27,7 @@ use crate::pods::Pod;
 use crate::relay;
 use crate::session::{self, DENIED_BY, Ends};
 use crate::telemetry::{ConnectionContext, Failure, Reporter, ResponseFlag};
-use crate::tls::{self, ClientStream, TlsError, WorkloadCertificate};
+use crate::tls::{self, TlsError, TlsStream, WorkloadCertificate};
 
 pub(super) async fn carry(captured: Captured<'_>, tunnel: Tunnel, next_hop: Arc<Workload>) {
     let Captured { node, pod, tcp, client, original, source, service, drain } = captured;
@@ -148,7 +148,7 @@ impl Caller<'_> {
         stream: S,
         expect: &[Identity],
         certificate: &WorkloadCertificate,
-    ) -> Result<ClientStream<S>, DialError>
+    ) -> Result<TlsStream<S>, DialError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
@@ -165,7 +165,7 @@ impl Caller<'_> {
     fn revoked<S>(
         &self,
         certificate: &WorkloadCertificate,
-        stream: &ClientStream<S>,
+        stream: &TlsStream<S>,
     ) -> BoxFuture<'static, ()> {
         let (watch, telemetry) = (certificate.watch_server(stream), self.node.telemetry.clone());
         if watch.is_untracked() {
@@ -192,7 +192,7 @@ impl Caller<'_> {
         via: HboneAddr,
         expect: &[Identity],
         certificate: &WorkloadCertificate,
-    ) -> Result<Dialled<ClientStream>, DialError> {
+    ) -> Result<Dialled<TlsStream>, DialError> {
         // Waypoints judge by the source address: it is the client's where the families agree.
         // A guest of the pod, behind an interface of its own, has an address that is not the pod's.
         let is_own = |ip: &IpAddr| self.source.addresses.contains(ip);

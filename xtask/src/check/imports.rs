@@ -8,12 +8,13 @@ mod paths;
 use paths::Import;
 
 /// Foreign packages and the rooms of the agent that they live in.
-const ROOMS: [(&[&str], &[&str]); 8] = [
+const ROOMS: [(&[&str], &[&str]); 9] = [
     (&["aya", "aya_log", "aya_obj"], &["capture"]),
     (
         &["rustls", "tokio_rustls", "rustls_pki_types", "webpki", "x509_parser", "rcgen"],
         &["tls", "ca", "control"],
     ),
+    (&["aws_lc_rs"], &["tls"]),
     (&["h2", "hyper", "hyper_util"], &["hbone", "admin", "cli", "control"]),
     (&["clap", "comfy_table"], &["cli"]),
     (
