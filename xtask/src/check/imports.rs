@@ -15,7 +15,7 @@ const ROOMS: [(&[&str], &[&str]); 9] = [
         &["tls", "ca", "control"],
     ),
     (&["aws_lc_rs"], &["tls"]),
-    (&["h2", "hyper", "hyper_util"], &["hbone", "admin", "cli", "control"]),
+    (&["hyper", "hyper_util"], &["admin", "cli", "control"]),
     (&["clap", "comfy_table"], &["cli"]),
     (
         &["prost", "prost_types", "tonic", "tonic_prost", "culvert_proto"],
