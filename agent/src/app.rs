@@ -76,12 +76,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let settings = config.mesh(&first.culvert.stated())?;
     // From here on a signal ends the agent only where it is awaited.
     let mut signals = Signals::new()?;
-    let beginning = Beginning::new(&config, &first).await?;
     let rooms = rooms(&config, &settings, &first)?;
     let news =
         Arc::new(News::new(rooms.mesh.clone(), rooms.certificates.clone(), config.node.clone()));
     news.apply(std::mem::take(&mut first.changes));
     let xds = follow_control_plane(&config, &news, &rooms.telemetry).await;
+    // The mesh comes while the programs are loaded.
+    let beginning = Beginning::new(&config, &first).await?;
     let fetch = xds.as_ref().and_then(|xds| xds.fetch());
     tokio::spawn(close_when(synced(&xds), loading));
     let ready = certificates::ready(rooms.certificates.clone(), synced(&xds));

@@ -202,6 +202,7 @@ impl Direct {
             retracted: counts.retracted,
             backend_gone: counts.backend_gone,
             unrecorded: counts.unrecorded,
+            astray: counts.astray,
             events_lost: counts.events_lost,
         }
     }

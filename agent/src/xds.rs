@@ -14,6 +14,7 @@ mod keeper;
 mod kept;
 mod needs;
 mod node;
+mod read;
 mod session;
 mod status;
 mod wire;
@@ -38,7 +39,8 @@ use intake::Intake;
 use keeper::Keeper;
 use kept::{Content, Scope, Store};
 use needs::Needs;
-use session::{Session, Subscription};
+use read::Reader;
+use session::{Session, Subscription, Version};
 pub use status::{XdsConnection, XdsStatus};
 pub use wire::Response;
 
@@ -88,6 +90,10 @@ pub async fn start(
     };
     let session = Session::new(node::describe(settings, facts), subscription);
     let content = settings.kept.as_ref().map(|_| Content::default());
+    let mut reader = match content {
+        Some(_) => Reader::keeping(),
+        None => Reader::default(),
+    };
     let mut intake = Intake::new(session, content);
     let mut first = XdsStatus::default();
     let mut keeper = None;
@@ -97,20 +103,22 @@ pub async fn start(
             on_demand: settings.on_demand,
         };
         let store = Store::new(&kept.path, scope);
-        restore(&store, kept, &mut intake, &publish, &mut first).await;
+        restore(&store, kept, (&mut reader, &mut intake), &publish, &mut first).await;
         keeper = Some(Keeper::new(store, kept.max_age));
     }
     let (sender, status) = watch::channel(first);
     let needs = Arc::new(Needs::new(settings.on_demand));
-    let client = Client::new(
-        Control::new(&settings.control),
-        Arc::new(Mutex::new(intake)),
-        Arc::new(publish),
-        needs.clone(),
-        sender,
-        telemetry.xds().clone(),
+    let client = Client {
+        control: Control::new(&settings.control),
+        reader,
+        intake: Arc::new(Mutex::new(intake)),
+        publish: Arc::new(publish),
+        needs: needs.clone(),
+        status: sender,
+        metrics: telemetry.xds().clone(),
         keeper,
-    );
+        avoid: None,
+    };
     let read = status.clone();
     telemetry.watch_xds(move || reading(&read.borrow()));
     Xds { status, needs, task: tokio::spawn(client.run()) }
@@ -119,12 +127,12 @@ pub async fn start(
 async fn restore(
     store: &Store,
     settings: &Kept,
-    intake: &mut Intake,
+    (reader, intake): (&mut Reader, &mut Intake),
     publish: &impl Publish,
     status: &mut XdsStatus,
 ) {
-    let (reader, max_age) = (store.clone(), settings.max_age);
-    let load = move || reader.load(max_age, SystemTime::now());
+    let (loader, max_age) = (store.clone(), settings.max_age);
+    let load = move || loader.load(max_age, SystemTime::now());
     let state = match tokio::task::spawn_blocking(load).await {
         Ok(Ok(Some(state))) => state,
         Ok(Ok(None)) => return,
@@ -132,8 +140,10 @@ async fn restore(
         Err(error) => return tracing::warn!(%error, "the kept state could not be read"),
     };
     let current = state.current;
-    let mut changes =
-        state.filter_map(|it| intake.restore(it.kind()?, &it.name, &it.version, it.value));
+    let mut changes = state.filter_map(|it| {
+        let version = Version::new(&it.version);
+        intake.restore(reader.content(it.kind()?, &it.name, version, it.value))
+    });
     publish.publish(&mut changes);
     drop(changes);
     status.restored(current, &intake.session);

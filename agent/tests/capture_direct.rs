@@ -6,6 +6,7 @@
 #[path = "capture/lab.rs"]
 mod lab;
 
+use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
@@ -115,12 +116,26 @@ impl Mesh {
         assert!(is_idle(&self.application));
         original.elsewhere
     }
+}
 
-    /// The next event of the kernel programs.
-    fn event(&self, events: &mut FlowEvents) -> FlowEvent {
+/// What the kernel programs tell, one after the other.
+struct Events {
+    told: FlowEvents,
+    unread: VecDeque<FlowEvent>,
+}
+
+impl Events {
+    fn of(direct: &Direct) -> Events {
+        Events { told: direct.events().unwrap(), unread: VecDeque::new() }
+    }
+
+    fn next(&mut self) -> FlowEvent {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let next = async { tokio::time::timeout(LIMIT, events.next()).await };
-        runtime.block_on(next).expect("an event comes").unwrap()
+        while self.unread.is_empty() {
+            let next = async { tokio::time::timeout(LIMIT, self.told.next()).await };
+            self.unread.extend(runtime.block_on(next).expect("an event comes").unwrap());
+        }
+        self.unread.pop_front().unwrap()
     }
 }
 
@@ -190,8 +205,8 @@ fn closed_port_refuses() {
     let error = mesh.client.connect(closed).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
     assert!(mesh.flows().is_empty());
-    let mut events = mesh.direct().events().unwrap();
-    let FlowEvent::Closed(flow, facts) = mesh.event(&mut events) else { panic!("not closed") };
+    let mut events = Events::of(mesh.direct());
+    let FlowEvent::Closed(flow, facts) = events.next() else { panic!("not closed") };
     assert_eq!((flow.server, facts.ended), (closed, Ended::Refused));
     assert_eq!((flow.established_at, facts.sent, facts.received), (None, 0, 0));
 }
@@ -427,6 +442,38 @@ fn verdict_for_a_pod_is_none_for_its_successor() {
 }
 
 #[test]
+fn pods_that_are_the_agents_get_no_direct_connection() {
+    let mesh = Mesh::new();
+    mesh.allow_server(1);
+    let spec = PodSpec { by_agent: true, ..mesh.server.spec() };
+    let (netns, cookie) = (mesh.server.netns.as_fd(), mesh.server.netns.cookie());
+    mesh.capture.enrol(netns, cookie, &spec, &(&mesh.incoming).into()).unwrap();
+    mesh.expect_captured(mesh.v4());
+}
+
+#[test]
+fn not_a_byte_goes_to_a_stranger_that_took_a_pods_address() {
+    let mesh = Mesh::new();
+    mesh.allow_server(1);
+    // It is not enrolled, and the agent has not heard that the pod is gone.
+    let stranger = mesh.node.pod();
+    mesh.node.succeed(&stranger, &mesh.server);
+    let application = stranger.application(PORT);
+    for to in [mesh.v4(), mesh.v6()] {
+        let mut client = mesh.client.connect(to).unwrap();
+        let _ = client.write_all(b"a secret");
+        // Not even its end of the handshake leaves.
+        assert!(is_idle(&application));
+        let [flow] = mesh.flows()[..] else { panic!("{:?}", mesh.flows()) };
+        assert!(!flow.arrived && flow.established_at.is_some());
+        assert!(direct::destroy(&flow, Some(&mesh.client.netns), None).unwrap());
+        eventually("the record goes", || mesh.flows().is_empty());
+        assert!(is_idle(&application));
+    }
+    assert_eq!(mesh.direct().counts().unwrap().astray, 2);
+}
+
+#[test]
 fn withdrawn_pod_keeps_its_connections_and_gets_no_new_ones() {
     let mesh = Mesh::new();
     mesh.allow_server(1);
@@ -504,12 +551,10 @@ fn next_agent_finds_verdicts_connections_and_events() {
     let capture = node.capture();
     assert_eq!(capture.direct().verdicts().unwrap().len(), 2);
     assert_eq!(capture.direct().flows(pod.netns.cookie()).unwrap().len(), 2);
-    let mut events = capture.direct().events().unwrap();
+    let mut events = Events::of(capture.direct());
     assert!(capture.direct().events().is_none());
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     for _ in 0..2 {
-        let next = async { tokio::time::timeout(LIMIT, events.next()).await };
-        let event = runtime.block_on(next).expect("an event").unwrap();
+        let event = events.next();
         assert!(matches!(event, FlowEvent::Opened(_)), "{event:?}");
     }
 }
@@ -518,7 +563,7 @@ fn next_agent_finds_verdicts_connections_and_events() {
 fn events_tell_bytes_and_times() {
     let mesh = Mesh::new();
     mesh.allow_server(1);
-    let mut events = mesh.direct().events().unwrap();
+    let mut events = Events::of(mesh.direct());
     // Who closes first, and whether the other has closed before that is noticed.
     for server_first in [false, true] {
         let (mut client, mut server) = mesh.expect_direct(mesh.v4());
@@ -532,8 +577,8 @@ fn events_tell_bytes_and_times() {
         assert_eq!(second.read(&mut [0]).unwrap(), 0);
         second.shutdown(Shutdown::Write).unwrap();
         assert_eq!(first.read(&mut [0]).unwrap(), 0);
-        let FlowEvent::Opened(opened) = mesh.event(&mut events) else { panic!("not opened") };
-        let FlowEvent::Closed(flow, facts) = mesh.event(&mut events) else { panic!("not closed") };
+        let FlowEvent::Opened(opened) = events.next() else { panic!("not opened") };
+        let FlowEvent::Closed(flow, facts) = events.next() else { panic!("not closed") };
         assert_eq!(opened, flow);
         assert_eq!((facts.sent, facts.received), (1005, 3005), "{server_first}");
         assert_eq!(facts.ended, Ended::Finished);
@@ -549,12 +594,12 @@ fn events_tell_bytes_and_times() {
 fn reset_is_told_as_such() {
     let mesh = Mesh::new();
     mesh.allow_server(1);
-    let mut events = mesh.direct().events().unwrap();
+    let mut events = Events::of(mesh.direct());
     let (client, server) = mesh.expect_direct(mesh.v4());
     SockRef::from(&server).set_linger(Some(Duration::ZERO)).unwrap();
     drop(server);
-    assert!(matches!(mesh.event(&mut events), FlowEvent::Opened(_)));
-    let FlowEvent::Closed(_, facts) = mesh.event(&mut events) else { panic!("not closed") };
+    assert!(matches!(events.next(), FlowEvent::Opened(_)));
+    let FlowEvent::Closed(_, facts) = events.next() else { panic!("not closed") };
     assert_eq!((facts.ended, facts.sent, facts.received), (Ended::Aborted, 5, 5));
     drop(client);
 }
@@ -613,13 +658,10 @@ fn rules_of_istio_cni_do_not_hold_up_direct_connections() {
     mesh.allow_server(1);
     let vip = addr(VIP);
     mesh.allow(vip, 2, vec![mesh.backend(mesh.v4(), 1)], 0);
-    // Without leave to pass they are led to the agent, which can tell whose they are.
-    let client = mesh.client.connect(mesh.v4()).unwrap();
-    let agent = accept(&mesh.incoming.plaintext);
-    let to = plaintext_dst(&tokio_stream(&agent)).unwrap();
-    assert_eq!(to, mesh.v4());
-    assert!(mesh.direct().flow(client.local_addr().unwrap(), to).unwrap().is_some());
-    drop((client, agent));
+    // Without leave to pass it cannot be told who answers.
+    let _client = mesh.client.connect(mesh.v4()).unwrap();
+    assert_eq!(mesh.direct().counts().unwrap().astray, 1);
+    assert!(is_idle(&mesh.incoming.plaintext) && is_idle(&mesh.application));
     mesh.server.netns.let_direct_pass().unwrap();
     mesh.server.netns.let_direct_pass().unwrap();
     for to in [mesh.v4(), mesh.v6(), vip] {

@@ -26,7 +26,9 @@ use culvert_abi::direct::{
     DIRECT_OPTION, DirectFlow, DirectKey, EVENTS_SIZE, FlowEvent, Live, MAX_BACKENDS, Verdict,
     VerdictKey,
 };
-use culvert_abi::{Address, OUTBOUND_MARK, Pod, SocketRole, SocketState};
+use culvert_abi::{
+    Address, HBONE_PORT, OUTBOUND_MARK, OUTBOUND_PORT, PLAINTEXT_PORT, Pod, SocketRole, SocketState,
+};
 
 use crate::connect::Connect;
 use crate::context::{Ends, read};
@@ -110,6 +112,10 @@ impl Socket<'_> {
             let backend = &verdict.backends[n];
             if drawn < backend.weight {
                 let (ip, backend_port, netns) = (backend.ip, backend.port, backend.netns);
+                if is_agents(backend_port) {
+                    count_direct(|counts| &mut counts.special);
+                    return Choice::Agent;
+                }
                 if ip.is_v4() != destination.is_v4() || !is_served(netns, ip) {
                     count_direct(|counts| &mut counts.backend_gone);
                     return Choice::Agent;
@@ -215,12 +221,18 @@ fn is_address_of(netns: u64, address: Address) -> bool {
     unsafe { ADDRESSES.get(address) }.is_some_and(|owner| *owner == netns)
 }
 
+/// Whether the agent's listeners in a pod have this port.
+#[inline(always)]
+fn is_agents(port: u32) -> bool {
+    port == OUTBOUND_PORT as u32 || port == PLAINTEXT_PORT as u32 || port == HBONE_PORT as u32
+}
+
 /// Whether the pod has this address, and its connections are seen to at its end.
 #[inline(always)]
 fn is_served(netns: u64, address: Address) -> bool {
     let Some(pod) = PODS.get_ptr(netns) else { return false };
     // SAFETY: the flags are read at once.
-    unsafe { (*pod).flags & Pod::LEAVING == 0 && is_address_of(netns, address) }
+    unsafe { (*pod).flags & (Pod::LEAVING | Pod::BY_AGENT) == 0 && is_address_of(netns, address) }
 }
 
 #[inline(always)]
@@ -253,10 +265,13 @@ pub fn arriving(netns: u64, ends: &Ends) -> Arriving {
         source_port: ends.remote_port,
         destination_port: ends.local_port,
     };
-    let Some(flow) = flows.get_ptr(key) else { return Arriving::Unknown };
-    // SAFETY: the entry stays readable while the program runs, and its client lives.
-    let (id, destination, original, port) =
-        unsafe { ((*flow).verdict, (*flow).destination, (*flow).original, (*flow).port) };
+    let Some(flow) = flows.get_ptr_mut(key) else { return Arriving::Unknown };
+    // SAFETY: the entry stays valid while the program runs, and its client lives; nobody else writes
+    // the field.
+    let (id, destination, original, port) = unsafe {
+        (*flow).arrived = 1;
+        ((*flow).verdict, (*flow).destination, (*flow).original, (*flow).port)
+    };
     let key = VerdictKey { netns: source, destination: original, port, reserved: 0 };
     let verdict = VERDICTS.get_ptr(key);
     // SAFETY: the entry stays readable while the program runs.
@@ -294,7 +309,7 @@ pub fn connecting(ctx: &SockOpsContext, netns: u64, state: &SocketState, ends: &
         destination: state.netns,
         original: state.original,
         port: state.port,
-        reserved: 0,
+        arrived: 0,
         // SAFETY: takes nothing.
         connected_at: unsafe { bpf_ktime_get_boot_ns() },
         established_at: 0,
@@ -316,11 +331,17 @@ pub fn connecting(ctx: &SockOpsContext, netns: u64, state: &SocketState, ends: &
     }
 }
 
-/// Without a record the destination's end would take the connection for one from anywhere. A program
-/// cannot fail it here, but a socket that is bound to loopback sends its SYN nowhere (Linux 5.9).
+/// Without a record the destination's end would take the connection for one from anywhere.
 #[inline(always)]
 fn hold_back(ctx: &SockOpsContext) {
     count_direct(|counts| &mut counts.unrecorded);
+    strand(ctx);
+}
+
+/// A program cannot fail a connection here, but a socket that is bound to loopback sends nothing to
+/// other places (Linux 5.9).
+#[inline(always)]
+fn strand(ctx: &SockOpsContext) {
     let mut device = u32::from_ne_bytes(*b"lo\0\0");
     let name: *mut u32 = &mut device;
     // SAFETY: the helper takes this context, and reads four bytes.
@@ -385,6 +406,11 @@ pub fn changed(ctx: &SockOpsContext, netns: u64, ends: &Ends, old: u32, new: u32
                 let flags =
                     read!((*ctx.ops).bpf_sock_ops_cb_flags) & !BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
                 bpf_sock_ops_cb_flags_set(ctx.ops, flags as i32);
+            }
+            // Somebody has the address of a pod that is gone, and nobody of ours is there to judge.
+            if flow.arrived == 0 {
+                count_direct(|counts| &mut counts.astray);
+                strand(ctx);
             }
             tell(ctx.ops, FlowEvent::OPENED, old, &key, flow, now);
         }

@@ -8,6 +8,7 @@
 pub mod ads;
 pub mod ca;
 pub mod pki;
+pub mod prepared;
 pub mod serving;
 pub mod world;
 
@@ -17,6 +18,7 @@ use tonic::service::Routes;
 
 pub use ads::{Behaviour, Recorded};
 pub use pki::Pki;
+pub use prepared::Prepared;
 pub use serving::{Listen, Serving};
 pub use world::World;
 

@@ -9,8 +9,10 @@ use std::thread::JoinHandle;
 use anyhow::{Context, Result, anyhow, bail};
 use culvert_lab::agent::{Agent, AgentOptions};
 use culvert_lab::mesh::Running;
+use culvert_lab::place::Place;
 use culvert_lab::wait;
 use serde_json::Value;
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::expect::answer;
 use crate::{binary, call, connect};
@@ -62,9 +64,44 @@ pub fn verdict(agent: &Agent, source: &str, to: (IpAddr, u16)) -> Result<Verdict
     }
 }
 
+/// Waits until nobody listens at an address any more. A process that this one starts meanwhile holds
+/// what is open here, until it has become another program.
+pub fn closed(place: &Place, at: SocketAddr) -> Result<()> {
+    wait::until_some(format!("nobody to listen at {at}"), wait::SOON, || {
+        let any = if at.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
+        let socket = place.run(|| Socket::new(any, Type::STREAM, Some(Protocol::TCP)))?;
+        // Beside connections that have ended, and beside no listener.
+        socket.set_reuse_address(true)?;
+        socket.bind(&at.into())
+    })
+}
+
 /// How many connections went straight so far.
 pub fn opened(agent: &Agent) -> Result<f64> {
     agent.metric("culvert_direct_connections_total", &["result=\"direct\""])
+}
+
+/// How long after a publication connections ended that it no longer permits.
+#[derive(Debug)]
+pub struct Lateness {
+    pub count: f64,
+    /// What is promised.
+    pub within_100_ms: f64,
+    /// What holds on a machine that has other things to do.
+    pub within_a_second: f64,
+}
+
+impl Lateness {
+    pub fn of(agent: &Agent) -> Result<Self> {
+        let name = "culvert_direct_revocation_seconds";
+        let within =
+            |bound: &str| agent.metric(&format!("{name}_bucket"), &[&format!("le=\"{bound}\"")]);
+        Ok(Self {
+            count: agent.metric(&format!("{name}_count"), &[])?,
+            within_100_ms: within("0.1")?,
+            within_a_second: within("1.0")?,
+        })
+    }
 }
 
 /// A connection to an echo server over which bytes go both ways without end, each of them checked.

@@ -13,6 +13,7 @@ pub mod load;
 pub mod names;
 pub mod parsers;
 pub mod peer;
+pub mod upgrade;
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};

@@ -202,7 +202,6 @@ fn exclusions_change_with_the_file() {
         }
     };
     edit(&mut mesh, &[&a], exclude).unwrap();
-    // The file is taken over before the pods are changed by it.
     wait::until("a connection to be left alone", SOON, || {
         let before = a.metric(opened, &[]).unwrap();
         call(&mesh, "server", to, "").unwrap();

@@ -22,6 +22,7 @@ use culvert_tests::cni::{Arrangement, Town};
 use culvert_tests::figures::{self, Figures};
 use culvert_tests::load::Load;
 use culvert_tests::names::{ask_tcp, ask_udp, query};
+use culvert_tests::upgrade::{TAKE_OVER, patient, upgrade, wait_ended};
 use culvert_tests::{binary, call, connect, echo, serve};
 use hickory_proto::op::ResponseCode;
 use hickory_proto::rr::RecordType;
@@ -29,8 +30,6 @@ use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 
 const PORT: u16 = 8080;
-/// Long enough for an agent to take over on a loaded machine.
-const TAKE_OVER: Duration = Duration::from_secs(60);
 /// As many pods as an agent's tables have room for.
 const MAX_PODS: u32 = 1024;
 
@@ -69,14 +68,6 @@ fn assert_answered(mesh: &Running) {
     }
 }
 
-/// Connections may go on for as long as a test takes.
-fn patient(mesh: &Running) -> AgentOptions {
-    let mut options = AgentOptions::new(&binary(), &mesh.config());
-    let deadline = ("CONNECTION_TERMINATION_DEADLINE", "120s");
-    options.environment.push((deadline.0.to_owned(), deadline.1.to_owned()));
-    options
-}
-
 fn with(mut options: AgentOptions, name: &str, value: &str) -> AgentOptions {
     options.environment.push((name.to_owned(), value.to_owned()));
     options
@@ -84,31 +75,6 @@ fn with(mut options: AgentOptions, name: &str, value: &str) -> AgentOptions {
 
 fn start(mesh: &Running, node: &str, options: &AgentOptions) -> Agent {
     mesh.start_agent(node, options).unwrap()
-}
-
-/// Starts the next agent of a node, and waits until it says that it has taken over.
-fn upgrade(mesh: &Running, node: &str, old: &Agent, options: &AgentOptions) -> Agent {
-    let mut new = start(mesh, node, options);
-    let taken = format!("taken over from pid {},", old.pid());
-    wait::until_some("the take-over", TAKE_OVER, || {
-        if let Some(status) = new.process().ended() {
-            panic!("ended with {status}: {}", new.process().log_tail(10));
-        }
-        let told = figures::status(&new).map_err(|error| error.to_string())?;
-        match told["handover"].as_str() {
-            Some(told) if told.starts_with(&taken) => Ok(()),
-            told => Err(format!("{told:?}")),
-        }
-    })
-    .unwrap();
-    new
-}
-
-fn wait_ended(agent: &mut Agent) {
-    let ended = wait::until_some("the old agent's end", wait::SOON * 3, || {
-        agent.process().ended().ok_or("it runs")
-    });
-    assert!(ended.unwrap().success());
 }
 
 fn handovers(agent: &Agent, result: &str) -> f64 {
@@ -173,7 +139,7 @@ fn agents_upgraded_again_and_again_under_load_refuse_and_cut_nothing() {
             Stream::start(&mesh, "server", both(&mesh, "near")[0]),
             Stream::start(&mesh, "client", both(&mesh, "near")[1]),
         ];
-        let new = upgrade(&mesh, ["a", "b"][node], &agents[node], &options);
+        let new = upgrade(&mesh, ["a", "b"][node], &agents[node], &options).unwrap();
         let mut old = std::mem::replace(&mut agents[node], new);
         for load in &loads {
             load.wait_answered(20).unwrap();
@@ -184,7 +150,7 @@ fn agents_upgraded_again_and_again_under_load_refuse_and_cut_nothing() {
         for stream in streams {
             assert!(stream.finish() > 0);
         }
-        wait_ended(&mut old);
+        wait_ended(&mut old).unwrap();
     }
     for load in loads {
         let tally = load.stop();
@@ -224,10 +190,10 @@ fn strangers_and_questions_for_names_are_answered_throughout() {
         asked
     });
     for _ in 0..4 {
-        let new = upgrade(&mesh, "b", &agents[1], &options);
+        let new = upgrade(&mesh, "b", &agents[1], &options).unwrap();
         let mut old = std::mem::replace(&mut agents[1], new);
         load.wait_answered(50).unwrap();
-        wait_ended(&mut old);
+        wait_ended(&mut old).unwrap();
     }
     stop.store(true, Ordering::Relaxed);
     assert!(asking.join().unwrap() > 0);
@@ -246,12 +212,12 @@ fn pods_of_istio_cni_are_handed_over_and_stay_enrolled() {
         let node = round % 2;
         let name = ["a", "b"][node];
         let stream = Stream::start(&town.mesh, "client", both(&town.mesh, "server")[round % 2]);
-        let new = upgrade(&town.mesh, name, &agents[node], &town.options());
+        let new = upgrade(&town.mesh, name, &agents[node], &town.options()).unwrap();
         let mut old = std::mem::replace(&mut agents[node], new);
         agents[node].wait_ready(wait::SOON).unwrap();
         load.wait_answered(20).unwrap();
         stream.finish();
-        wait_ended(&mut old);
+        wait_ended(&mut old).unwrap();
         load.wait_answered(20).unwrap();
         assert_eq!(figures::enrolled(&agents[node]).unwrap().len(), 2 - node);
     }
@@ -344,7 +310,7 @@ fn agents_with_other_tables_follow_each_other_by_letting_go() {
     let again = mesh.agent("a", &binary()).unwrap();
     assert_answered(&mesh);
     drop(open);
-    wait_ended(&mut a);
+    wait_ended(&mut a).unwrap();
     assert_eq!(handovers(&again, "taken"), 0.0);
 
     // The other way round: the one that runs has other tables.
@@ -397,8 +363,8 @@ fn successor_that_dies_midway_leaves_the_old_agent_serving() {
     wait::until("its end", wait::SOON, || a.log()[log..].contains("it has ended before")).unwrap();
     load.wait_answered(20).unwrap();
     // The pods can still be changed, and the agent be upgraded.
-    let mut new = upgrade(&mesh, "a", &a, &options);
-    wait_ended(&mut a);
+    let mut new = upgrade(&mesh, "a", &a, &options).unwrap();
+    wait_ended(&mut a).unwrap();
     load.wait_answered(20).unwrap();
     let tally = load.stop();
     assert_eq!(tally.failed(), 0, "{tally}");

@@ -65,13 +65,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     culvert_lab::sys::raise_open_files_limit().context("raising the limit of open files")?;
     let rounds = arguments.rounds.unwrap_or(if arguments.quick { 1 } else { 5 }).max(1);
     let seconds = arguments.seconds.unwrap_or(if arguments.quick { 1.2 } else { 3.0 });
-    // Between pods of one node an agent holds both ends of each connection: with 20,000 open files
-    // to a process, fewer than 10,000 fit.
-    let idle = |path: Path| match (arguments.quick, path) {
-        (true, _) => 2_000,
-        (false, Path::Same) => 8_000,
-        (false, Path::Cross) => 10_000,
-    };
+    let idle = if arguments.quick { 2_000 } else { 10_000 };
     let mut report = Report::default();
     steps.heading("Making the mesh");
     let mut field = None;
@@ -93,7 +87,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         for kind in Kind::all().into_iter().filter(&wanted) {
             steps.step(kind.title(), || {
                 let figures = match kind {
-                    Kind::Idle => measure::idle(&mut field, path, idle(path))?,
+                    Kind::Idle => measure::idle(&mut field, path, idle)?,
                     _ => measure::alternate(&mut field, path, kind, rounds, seconds)?,
                 };
                 let note = figures.first().map(|figure| figure.summary()).unwrap_or_default();

@@ -73,7 +73,7 @@ pub struct Arguments {
     /// A shell command that reboots a node, whose name is put in place of {}
     #[arg(long, value_name = "COMMAND")]
     reboot_cmd: Option<String>,
-    /// Another image for the agents, to upgrade to and back [default: a restart with a new template]
+    /// Another image for Culvert, to upgrade to and back [default: a restart with a new template]
     #[arg(long, value_name = "IMAGE")]
     upgrade_image: Option<String>,
     /// Seconds that istiod stays away

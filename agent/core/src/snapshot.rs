@@ -1,7 +1,8 @@
 //! The mesh as known at one instant: immutable, indexed, cheap to derive from its predecessor.
 
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{Builder, scope};
 
 use crate::addr::{NamespacedHostname, canonical_range};
 use crate::authorization::{Authorization, Match, PolicyScope};
@@ -9,13 +10,15 @@ use crate::service::{HealthPolicy, Service};
 use crate::workload::{Health, PolicyKey, PortMap, TunnelProtocol, Workload};
 use batch::Batch;
 use index::{PolicyIndex, ServiceIndex, WorkloadIndex};
+use members::MemberIndex;
 use trie::Trie;
 
 mod batch;
 mod index;
+mod members;
 mod trie;
 
-pub use index::Roster;
+pub use members::Roster;
 
 /// One step from a snapshot to the next.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +50,7 @@ pub struct Snapshot {
     /// By uid.
     workloads: Trie<Workload>,
     workload_index: WorkloadIndex,
+    members: MemberIndex,
     /// By namespace and hostname.
     services: Trie<Service>,
     service_index: ServiceIndex,
@@ -104,11 +108,21 @@ impl Snapshot {
             }
         }
         let (workloads, services) = (workloads.net(), services.net());
-        next.workload_index.apply(&workloads, &self.workloads);
-        next.workloads.apply(workloads.all().collect());
-        next.service_index.apply(&services);
-        next.services.apply(services.all().collect());
         next.policies.apply(&policies.net());
+        let mut joining = || next.members.apply(&workloads, &self.workloads);
+        let mut listing = || {
+            next.workload_index.apply(&workloads);
+            next.workloads.apply(workloads.all().collect());
+            next.service_index.apply(&services);
+            next.services.apply(services.all().collect());
+        };
+        match workloads.len() >= WORTH_A_THREAD {
+            true => side_by_side(joining, listing),
+            false => {
+                joining();
+                listing();
+            }
+        }
         next
     }
 
@@ -220,7 +234,7 @@ impl Snapshot {
     /// health policy lets them, and the service's own.
     pub fn endpoints<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = Endpoint<'a>> {
         let key = service.key();
-        let members = self.workload_index.members(&key);
+        let members = self.members.of(&key);
         let declared = members.filter_map({
             let key = key.clone();
             move |workload| declared_endpoint(service, &key, workload)
@@ -235,18 +249,18 @@ impl Snapshot {
 
     /// How many workloads name the service as theirs, healthy or not.
     pub fn declared_count(&self, service: &Service) -> usize {
-        self.workload_index.member_count(&service.key())
+        self.members.count(&service.key())
     }
 
     /// The workloads that name the service as theirs, healthy or not, in an array: to draw from.
     pub fn roster(&self, service: &Service) -> Option<&Roster> {
-        self.workload_index.roster(&service.key())
+        self.members.roster(&service.key())
     }
 
     /// All workloads behind a service, healthy or not.
     pub fn members<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = &'a Arc<Workload>> {
         let key = service.key();
-        let declared = self.workload_index.members(&key);
+        let declared = self.members.of(&key);
         let fixed = service.fixed_endpoints.keys().filter_map(|uid| self.workload(uid));
         let fixed = fixed.filter(move |workload| !workload.services.contains_key(&key));
         declared.chain(fixed)
@@ -293,7 +307,7 @@ impl Snapshot {
     /// Whether the same workloads name the service as theirs in both, none of them changed. Costs two
     /// look-ups.
     pub fn shares_members_with(&self, other: &Snapshot, service: &NamespacedHostname) -> bool {
-        self.workload_index.shares_members_with(&other.workload_index, service)
+        self.members.shares_with(&other.members, service)
     }
 
     pub fn require_waypoint(&self) -> &RequireWaypoint {
@@ -313,6 +327,26 @@ pub(crate) fn declared_endpoint<'a>(
     };
     let ports = workload.services.get(key)?;
     is_usable.then_some(Endpoint { workload, ports })
+}
+
+/// From how many changes on a thread costs less than it saves.
+const WORTH_A_THREAD: usize = 8192;
+
+/// Does both at the same time, if a thread can be had for `one`.
+fn side_by_side(one: impl FnOnce() + Send, other: impl FnOnce()) {
+    let one = Mutex::new(Some(one));
+    let run_one = || {
+        let taken = one.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(one) = taken {
+            one();
+        }
+    };
+    scope(|scope| {
+        // Without a thread it is left for afterwards.
+        let _ = Builder::new().spawn_scoped(scope, run_one);
+        other();
+    });
+    run_one();
 }
 
 fn is_called(service: &Service, key: &NamespacedHostname) -> bool {

@@ -44,6 +44,8 @@ pub struct PodSpec {
     /// istio-cni has put its rules into the pod: what they lead to the agent's ports is captured, and
     /// what comes from their address for the node's own connections is not.
     pub beside_cni: bool,
+    /// The kernel leads no connection straight to it.
+    pub by_agent: bool,
 }
 
 /// Which way an excluded port counts.
@@ -68,6 +70,8 @@ pub struct PodEntry {
     pub leaving: bool,
     /// istio-cni's rules are in the pod too.
     pub beside_cni: bool,
+    /// All connections to it go through the agent.
+    pub by_agent: bool,
 }
 
 /// The contents of the kernel's tables.
@@ -115,6 +119,7 @@ impl Tables {
             captures_dns: spec.capture_dns,
             leaving: false,
             beside_cni: spec.beside_cni,
+            by_agent: spec.by_agent,
         };
         self.pods.insert(cookie, entry);
         self.addresses.extend(addresses.into_iter().map(|ip| (ip, cookie)));

@@ -323,7 +323,7 @@ impl Enrolment {
     async fn capture(&self, uid: &str, netns: &Arc<Netns>) -> Result<(), EnrolError> {
         let Some(enrolled) = self.enrolled.get(uid) else { return Ok(()) };
         let (capture, netns) = (self.node.capture.clone(), netns.clone());
-        let (spec, listeners) = (enrolled.spec.clone(), enrolled.listeners.try_clone());
+        let (mut spec, listeners) = (enrolled.spec.clone(), enrolled.listeners.try_clone());
         let listeners = listeners.map_err(EnrolError::Listen)?;
         let pod = enrolled.pod.claim.to_string();
         let beside_cni = enrolled.spec.beside_cni;
@@ -342,6 +342,7 @@ impl Enrolment {
                 && let Err(error) = netns.let_direct_pass()
             {
                 tracing::warn!(%pod, %error, "connections from pods of this node go by the agent");
+                spec.by_agent = true;
             }
             let listeners = PodListeners::from(&listeners);
             let netns = &*netns;

@@ -46,6 +46,9 @@ pub struct DirectFlow {
     pub verdict: VerdictId,
     /// The client's socket.
     pub socket: SocketCookie,
+    /// Whether it came to the destination's pod. One that is established and did not is somebody
+    /// else's, and no byte of it leaves.
+    pub arrived: bool,
     /// When its SYN left, in time since the machine was started (`CLOCK_BOOTTIME`), as is the next.
     pub connected_at: Duration,
     /// `None` while it waits for an answer.

@@ -283,7 +283,8 @@ fn pod_value(pod: PodEntry) -> Pod {
             | flag(pod.excludes_cidrs, Pod::HAS_EXCLUDED_NETS)
             | flag(pod.leaving, Pod::LEAVING)
             | flag(pod.captures_dns, Pod::CAPTURES_DNS)
-            | flag(pod.beside_cni, Pod::BESIDE_CNI),
+            | flag(pod.beside_cni, Pod::BESIDE_CNI)
+            | flag(pod.by_agent, Pod::BY_AGENT),
     }
 }
 
@@ -304,6 +305,7 @@ fn pod_entry(pod: Pod) -> PodEntry {
         captures_dns: pod.flags & Pod::CAPTURES_DNS != 0,
         leaving: pod.flags & Pod::LEAVING != 0,
         beside_cni: pod.flags & Pod::BESIDE_CNI != 0,
+        by_agent: pod.flags & Pod::BY_AGENT != 0,
     }
 }
 

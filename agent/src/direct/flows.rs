@@ -46,9 +46,8 @@ pub(super) async fn follow(direct: Direct, node: Arc<Node>) {
         tokio::select! {
             // What has happened is taken before a look at what is.
             biased;
-            event = events.next() => match event {
-                Ok(FlowEvent::Opened(flow)) => flows.open(flow),
-                Ok(FlowEvent::Closed(flow, facts)) => flows.close(flow, facts),
+            told = events.next() => match told {
+                Ok(events) => flows.hear(&events),
                 Err(error) => {
                     tracing::error!(%error, "nothing is heard of direct connections any more");
                     return std::future::pending().await;
@@ -87,8 +86,32 @@ pub(super) struct Live {
 }
 
 impl Flows {
+    fn hear(&mut self, events: &[FlowEvent]) {
+        let socket = |event: &FlowEvent| match event {
+            FlowEvent::Closed(flow, _) => Some(flow.socket),
+            FlowEvent::Opened(_) => None,
+        };
+        let over: HashSet<SocketCookie> = events.iter().filter_map(socket).collect();
+        for event in events {
+            match event {
+                // Of most connections both are heard at once.
+                FlowEvent::Opened(flow) if over.contains(&flow.socket) => {}
+                FlowEvent::Opened(flow) => self.open(*flow),
+                FlowEvent::Closed(flow, facts) => self.close(*flow, *facts),
+            }
+        }
+    }
+
     fn open(&mut self, flow: DirectFlow) {
         if self.direct.live().contains_key(&flow.socket) {
+            return;
+        }
+        if !flow.arrived {
+            let (client, server) = (flow.client, flow.server);
+            tracing::warn!(%client, %server, "a direct connection was answered by nobody of ours");
+            // That it has ended is heard of.
+            let node = self.node.clone();
+            tokio::spawn(async move { destroy(&node, flow).await });
             return;
         }
         let Some(told) = Told::of(&self.direct, &self.node, &flow) else { return };
@@ -109,16 +132,9 @@ impl Flows {
             return;
         }
         // It was over before it was heard of, or never was.
-        let Some(told) = Told::of(&self.direct, &self.node, &flow) else { return };
-        let open = Open::new(self.node.clone(), flow, told);
-        let outcome = match facts.ended {
-            Ended::Refused => Err(refused()),
-            Ended::Finished | Ended::Aborted => {
-                open.judge();
-                Ok(())
-            }
-        };
-        open.end(Some(facts), outcome);
+        if let Some(told) = Told::of(&self.direct, &self.node, &flow) {
+            tell_whole(&self.node, &flow, &told, facts);
+        }
     }
 
     /// Tells of what is live, though its opening was not heard of yet: new connections of pods whose
@@ -170,6 +186,73 @@ impl Flows {
     }
 }
 
+/// Ends a connection in the kernel.
+async fn destroy(node: &Node, flow: DirectFlow) {
+    let pods = node.mesh.pods();
+    let netns = |cookie| {
+        let found = pods.iter().find(|(pod, _)| pod.netns.cookie() == cookie);
+        found.map(|(pod, _)| pod.netns.clone())
+    };
+    let (source, destination) = (netns(flow.source), netns(flow.destination));
+    let destroyed = tokio::task::spawn_blocking(move || {
+        let (source, destination): (Option<&Netns>, Option<&Netns>) =
+            (source.as_deref(), destination.as_deref());
+        direct::destroy(&flow, source, destination)
+    });
+    match destroyed.await {
+        Ok(Ok(existed)) => tracing::debug!(src = %flow.client, existed, "connection ended"),
+        Ok(Err(error)) => tracing::error!(src = %flow.client, %error, "connection goes on"),
+        Err(error) => tracing::error!(src = %flow.client, %error, "connection goes on"),
+    }
+}
+
+/// Tells of a connection that nobody can close any more, and nobody see.
+fn tell_whole(node: &Node, flow: &DirectFlow, told: &Told, facts: TcpFacts) {
+    let outcome = match facts.ended {
+        Ended::Refused => Err(refused()),
+        Ended::Finished | Ended::Aborted if !flow.arrived => Err(astray()),
+        Ended::Finished | Ended::Aborted => {
+            if !told.handed {
+                // For the log, and for policies in dry run.
+                let _ended = node.authorize(&told.destination.1, &told.connection);
+            }
+            Ok(())
+        }
+    };
+    let source = told.open(node, flow, Reporter::Source);
+    let destination = (!told.handed).then(|| told.open(node, flow, Reporter::Destination));
+    for open in [Some(&source), destination.as_ref()].into_iter().flatten() {
+        open.counters().add_received(facts.sent);
+        open.counters().add_sent(facts.received);
+    }
+    settle(node, flow, source, destination, Some(facts), outcome);
+}
+
+/// Tells how a connection ended.
+fn settle(
+    node: &Node,
+    flow: &DirectFlow,
+    source: OpenConnection,
+    destination: Option<OpenConnection>,
+    facts: Option<TcpFacts>,
+    outcome: Result<(), Failure>,
+) {
+    let began = flow.established_at.unwrap_or(flow.connected_at);
+    let lasted = facts.map_or_else(direct::since_boot, |facts| facts.at).saturating_sub(began);
+    if let Some(facts) = facts {
+        let measured = TransportFacts {
+            connect: flow.established_at.map(|at| at.saturating_sub(flow.connected_at)),
+            round_trip: facts.srtt,
+            retransmits: facts.retransmits,
+        };
+        node.telemetry.transport(source.context(), &measured);
+    }
+    source.close_after(lasted, outcome.clone().map_err(session::as_source));
+    if let Some(destination) = destination {
+        destination.close_after(lasted, outcome);
+    }
+}
+
 /// A connection that has been told of as opened.
 struct Open {
     node: Arc<Node>,
@@ -189,8 +272,13 @@ struct Ends {
 
 impl Open {
     fn new(node: Arc<Node>, flow: DirectFlow, told: Told) -> Self {
-        let source = told.open(&node, &flow, Reporter::Source);
-        let destination = (!told.handed).then(|| told.open(&node, &flow, Reporter::Destination));
+        let end = |reporter| {
+            let open = told.open(&node, &flow, reporter);
+            let guard = told.register(&node, &flow, reporter, open.counters());
+            (open, guard)
+        };
+        let source = end(Reporter::Source);
+        let destination = (!told.handed).then(|| end(Reporter::Destination));
         let counted = [Some(&source), destination.as_ref()].into_iter().flatten();
         let counters = counted.map(|(open, _)| open.counters()).collect();
         let meter = Arc::new(Meter::new(flow, counters));
@@ -228,7 +316,7 @@ impl Open {
             }
             reason = self.closed() => reason,
         };
-        self.destroy().await;
+        destroy(&self.node, self.flow).await;
         if let CloseReason::PolicyChange { .. } = reason {
             let overdue =
                 self.ends.as_ref().and_then(|ends| ends.destination.as_ref()?.1.overdue());
@@ -252,44 +340,14 @@ impl Open {
         }
     }
 
-    async fn destroy(&self) {
-        let pods = self.node.mesh.pods();
-        let netns = |cookie| {
-            let found = pods.iter().find(|(pod, _)| pod.netns.cookie() == cookie);
-            found.map(|(pod, _)| pod.netns.clone())
-        };
-        let flow = self.flow;
-        let (source, destination) = (netns(flow.source), netns(flow.destination));
-        let destroyed = tokio::task::spawn_blocking(move || {
-            let (source, destination): (Option<&Netns>, Option<&Netns>) =
-                (source.as_deref(), destination.as_deref());
-            direct::destroy(&flow, source, destination)
-        });
-        match destroyed.await {
-            Ok(Ok(existed)) => tracing::debug!(src = %flow.client, existed, "connection ended"),
-            Ok(Err(error)) => tracing::error!(src = %flow.client, %error, "connection goes on"),
-            Err(error) => tracing::error!(src = %flow.client, %error, "connection goes on"),
-        }
-    }
-
     fn end(mut self, facts: Option<TcpFacts>, outcome: Result<(), Failure>) {
         let Some(Ends { source, destination }) = self.ends.take() else { return };
-        let flow = &self.flow;
-        let began = flow.established_at.unwrap_or(flow.connected_at);
-        let lasted = facts.map_or_else(direct::since_boot, |facts| facts.at).saturating_sub(began);
         if let Some(facts) = facts {
             self.meter.advance(Carried { sent: facts.sent, received: facts.received });
-            let measured = TransportFacts {
-                connect: flow.established_at.map(|at| at.saturating_sub(flow.connected_at)),
-                round_trip: facts.srtt,
-                retransmits: facts.retransmits,
-            };
-            self.node.telemetry.transport(source.0.context(), &measured);
         }
-        source.0.close_after(lasted, outcome.clone().map_err(session::as_source));
-        if let Some((destination, _registered)) = destination {
-            destination.close_after(lasted, outcome);
-        }
+        let (source, _registered) = source;
+        let (destination, _registered_too) = destination.unzip();
+        settle(&self.node, &self.flow, source, destination, facts, outcome);
     }
 }
 
@@ -310,6 +368,10 @@ fn ending(node: &Node, cookie: NetnsCookie) -> CancellationToken {
     let pods = node.mesh.pods();
     let found = pods.iter().find(|(pod, _)| pod.netns.cookie() == cookie);
     found.map(|(pod, _)| pod.ending()).unwrap_or_default()
+}
+
+fn astray() -> Failure {
+    Failure::new(ResponseFlag::Connect, "connection failed: its address is another pod's now")
 }
 
 fn refused() -> Failure {

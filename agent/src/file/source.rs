@@ -39,7 +39,7 @@ pub enum FileUpdate {
 #[derive(Clone, Debug)]
 pub struct FileStatus {
     pub path: Arc<Path>,
-    /// When the version in force was read.
+    /// When the version in force was taken over.
     pub loaded_at: SystemTime,
     /// How many versions have been taken over.
     pub loads: u64,
@@ -56,6 +56,8 @@ pub struct FileSource {
     seen: Seen,
     fingerprint: Option<Fingerprint>,
     watch: DirectoryWatch,
+    /// What is given out, and not yet told as taken over.
+    given: bool,
     status: watch::Sender<FileStatus>,
 }
 
@@ -104,6 +106,7 @@ impl FileSource {
             seen: reading.seen,
             fingerprint: reading.fingerprint,
             watch,
+            given: false,
             status: watch::Sender::new(status),
         };
         Ok((first, source))
@@ -114,8 +117,16 @@ impl FileSource {
         self.status.subscribe()
     }
 
-    /// Waits for the next version of the file. May be dropped at any time without losing one.
+    /// Waits for the next version of the file. May be dropped at any time without losing one. Whoever
+    /// asks for the next has taken over the one before: only then the status tells of it.
     pub async fn next(&mut self) -> FileUpdate {
+        if std::mem::take(&mut self.given) {
+            self.status.send_modify(|status| {
+                status.loaded_at = SystemTime::now();
+                status.loads += 1;
+                status.error = None;
+            });
+        }
         loop {
             self.watch.stirred().await;
             self.watch.refresh();
@@ -137,11 +148,7 @@ impl FileSource {
                 let changes = diff(&self.good, &mesh);
                 let culvert = mesh.culvert.clone();
                 self.good = Arc::new(mesh);
-                self.status.send_modify(|status| {
-                    status.loaded_at = SystemTime::now();
-                    status.loads += 1;
-                    status.error = None;
-                });
+                self.given = true;
                 FileUpdate::Changed(MeshFile { changes, culvert })
             }
             Err(error) => {

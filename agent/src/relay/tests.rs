@@ -172,7 +172,7 @@ async fn the_server_may_end_first() {
 async fn bulk_arrives_whole_both_ways_at_once() {
     for path in PATHS {
         let Joined { client, server, near, near_counts, pool: _pool, .. } = join(path).await;
-        let size = 40 << 20;
+        let size = 16 << 20;
         // Made and compared piece by piece, which costs an unoptimised build much less.
         let pattern = |seed: usize| {
             let piece: Vec<u8> = (0..65_537).map(|n| (n * 31 + n / 4099 + seed) as u8).collect();

@@ -45,6 +45,7 @@ pub struct DirectReading {
     pub retracted: u64,
     /// Connections that failed because they could not be noted.
     pub unrecorded: u64,
+    pub astray: u64,
     /// Connections whose opening or end was not told.
     pub events_lost: u64,
 }
@@ -163,6 +164,7 @@ impl Reading for DirectReading {
             ("backend_gone", self.backend_gone),
             ("retracted", self.retracted),
             ("unrecorded", self.unrecorded),
+            ("astray", self.astray),
         ] {
             counter(&mut family, &[("result", result)], count)?;
         }

@@ -1,16 +1,17 @@
-//! The resources of a large response, taken on one thread while another one receives them.
+//! The resources of a large response, taken over on one thread while another one receives and reads
+//! them.
 
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
-use super::frames::Part;
+use super::decode::Rejection;
+use super::read::{Piece, Read};
 use super::wire::Response;
 
-/// Groups of parts that wait to be taken; each is what one frame of the connection completed.
+/// Groups of pieces that wait to be taken; each is what one frame of the connection completed.
 pub(super) const WAITING: usize = 64;
 /// How long one publication may wait for more: others cannot publish meanwhile.
 const SECTION: Duration = Duration::from_secs(1);
@@ -18,8 +19,8 @@ const SECTION: Duration = Duration::from_secs(1);
 /// One response. Gives its resources section by section: the iterator ends with each.
 pub(super) struct Arriving {
     runtime: Handle,
-    parts: mpsc::Receiver<Vec<Part>>,
-    group: std::vec::IntoIter<Part>,
+    groups: mpsc::Receiver<Vec<Piece>>,
+    group: std::vec::IntoIter<Piece>,
     until: Instant,
     state: State,
 }
@@ -37,15 +38,15 @@ enum State {
 
 impl Arriving {
     /// To be taken outside of `runtime`'s own threads, which it may block.
-    pub fn new(runtime: Handle, parts: mpsc::Receiver<Vec<Part>>) -> Self {
+    pub fn new(runtime: Handle, groups: mpsc::Receiver<Vec<Piece>>) -> Self {
         let until = Instant::now() + SECTION;
-        Self { runtime, parts, group: Vec::new().into_iter(), until, state: State::Open }
+        Self { runtime, groups, group: Vec::new().into_iter(), until, state: State::Open }
     }
 
     /// Waits until there is something for a section, and begins it. Whether there is one.
     pub fn begin_section(&mut self) -> bool {
         if self.group.as_slice().is_empty() && matches!(self.state, State::Open) {
-            match self.parts.blocking_recv() {
+            match self.groups.blocking_recv() {
                 Some(group) => self.group = group.into_iter(),
                 None => self.state = State::Broken,
             }
@@ -62,11 +63,11 @@ impl Arriving {
         }
     }
 
-    fn group(&mut self) -> Option<Vec<Part>> {
-        if let Ok(group) = self.parts.try_recv() {
+    fn group(&mut self) -> Option<Vec<Piece>> {
+        if let Ok(group) = self.groups.try_recv() {
             return Some(group);
         }
-        match self.runtime.block_on(async { timeout_at(self.until, self.parts.recv()).await }) {
+        match self.runtime.block_on(async { timeout_at(self.until, self.groups.recv()).await }) {
             Ok(Some(group)) => Some(group),
             Ok(None) => {
                 self.state = State::Broken;
@@ -78,17 +79,16 @@ impl Arriving {
 }
 
 impl Iterator for Arriving {
-    type Item = Bytes;
+    type Item = Result<Read, Rejection>;
 
-    fn next(&mut self) -> Option<Bytes> {
+    fn next(&mut self) -> Option<Self::Item> {
         loop {
             match self.group.next() {
-                Some(Part::Resource(resource)) => return Some(resource),
-                Some(Part::End(rest)) => {
+                Some(Piece::Resource(read)) => return Some(read),
+                Some(Piece::End(rest)) => {
                     self.state = State::Whole(rest);
                     return None;
                 }
-                Some(Part::Begin(_)) => {}
                 None if Instant::now() >= self.until => return None,
                 None => self.group = self.group()?.into_iter(),
             }

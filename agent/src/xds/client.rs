@@ -14,11 +14,11 @@ use tonic::{Code, Status};
 use super::Publish;
 use super::arriving::{Arriving, WAITING};
 use super::backoff::{Backoff, End};
-use super::frames::Part;
 use super::incoming::{Event, Incoming};
 use super::intake::{Intake, Outcome};
 use super::keeper::{Keeper, Turn};
 use super::needs::Needs;
+use super::read::{Piece, Reader};
 use super::session::{Kind, subscribe};
 use super::status::{XdsConnection, XdsStatus};
 use crate::control::Control;
@@ -37,15 +37,16 @@ const STALLED: Duration = Duration::from_secs(60);
 const OUTGOING: usize = 1024;
 
 pub(super) struct Client<P> {
-    control: Control,
-    intake: Arc<Mutex<Intake>>,
-    publish: Arc<P>,
-    needs: Arc<Needs>,
-    status: watch::Sender<XdsStatus>,
-    metrics: XdsMetrics,
-    keeper: Option<Keeper>,
+    pub control: Control,
+    pub reader: Reader,
+    pub intake: Arc<Mutex<Intake>>,
+    pub publish: Arc<P>,
+    pub needs: Arc<Needs>,
+    pub status: watch::Sender<XdsStatus>,
+    pub metrics: XdsMetrics,
+    pub keeper: Option<Keeper>,
     /// An address that gave no answer: the next attempt begins after it.
-    avoid: Option<Arc<str>>,
+    pub avoid: Option<Arc<str>>,
 }
 
 /// How an attempt ended, and why.
@@ -65,18 +66,6 @@ impl Ended {
 }
 
 impl<P: Publish> Client<P> {
-    pub fn new(
-        control: Control,
-        intake: Arc<Mutex<Intake>>,
-        publish: Arc<P>,
-        needs: Arc<Needs>,
-        status: watch::Sender<XdsStatus>,
-        metrics: XdsMetrics,
-        keeper: Option<Keeper>,
-    ) -> Self {
-        Self { control, intake, publish, needs, status, metrics, keeper, avoid: None }
-    }
-
     /// Never ends.
     pub async fn run(mut self) {
         let mut backoff = Backoff::new();
@@ -218,11 +207,13 @@ impl<P: Publish> Client<P> {
         let (size, outcome) = match event? {
             None => return Ok(None),
             Some(Event::Message(response)) => {
-                let publish = |changes: &mut dyn Iterator<Item = _>| self.publish.publish(changes);
+                let publish = self.publish.clone();
+                let publish = |changes: &mut dyn Iterator<Item = _>| publish.publish(changes);
                 let size = response.size();
-                (size, self.intake.lock().take(response, &self.needs, publish))
+                let Self { reader, intake, needs, .. } = self;
+                (size, intake.lock().take(response, reader, needs, publish))
             }
-            Some(Event::Large(size)) => (size, self.take_arriving(stream).await?),
+            Some(Event::Large(size)) => (size, self.take_arriving(stream, size).await?),
         };
         let url = Kind::of_url(&outcome.answer.type_url).map_or("other", Kind::url);
         self.metrics.received(url, size as u64);
@@ -245,15 +236,19 @@ impl<P: Publish> Client<P> {
         Ok(Some(outcome.answer))
     }
 
-    /// Receives a large response here, and takes it over on a thread of its own meanwhile.
-    async fn take_arriving(&self, stream: &mut Incoming) -> Result<Outcome, Status> {
+    /// Receives and reads a large response here, and takes it over on a thread of its own meanwhile.
+    async fn take_arriving(
+        &mut self,
+        stream: &mut Incoming,
+        size: usize,
+    ) -> Result<Outcome, Status> {
         let (groups, arriving) = mpsc::channel(WAITING);
         let (intake, needs, publish) =
             (self.intake.clone(), self.needs.clone(), self.publish.clone());
         let arriving = Arriving::new(Handle::current(), arriving);
         let taken = tokio::task::spawn_blocking(move || {
             let publish = |changes: &mut dyn Iterator<Item = _>| publish.publish(changes);
-            intake.lock().take_arriving(arriving, &needs, publish)
+            intake.lock().take_arriving(arriving, size, &needs, publish)
         });
         let received = loop {
             let group = match timeout(STALLED, stream.parts()).await {
@@ -261,7 +256,9 @@ impl<P: Publish> Client<P> {
                 Ok(Err(status)) => break Err(status),
                 Err(_) => break Err(Status::unavailable("it stopped within a response")),
             };
-            let is_last = matches!(group.last(), Some(Part::End(_)));
+            let group: Vec<Piece> =
+                group.into_iter().filter_map(|part| self.reader.piece(part)).collect();
+            let is_last = matches!(group.last(), Some(Piece::End(_)));
             // If nobody takes it any more, the thread says why.
             if groups.send(group).await.is_err() || is_last {
                 break Ok(());

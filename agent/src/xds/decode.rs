@@ -5,6 +5,7 @@
 
 mod authorization;
 mod fields;
+mod raw;
 mod service;
 mod workload;
 
@@ -13,7 +14,7 @@ use culvert_core::authorization::Authorization;
 use culvert_core::intern::Interner;
 use culvert_core::service::Service;
 use culvert_core::workload::Workload;
-use culvert_proto::istio::{security, workload as proto};
+use culvert_proto::istio::security;
 use prost::Message;
 
 /// Why a resource is not taken over.
@@ -30,6 +31,10 @@ pub enum Rejection {
 impl Rejection {
     fn invalid(field: &'static str, value: impl ToString, why: &'static str) -> Self {
         Self::Invalid { field, value: value.to_string(), why }
+    }
+
+    pub(super) fn of_other_type(url: &str) -> Self {
+        Self::invalid("type_url", url, "is not that of the response")
     }
 
     fn undefined(field: &'static str, number: i32) -> Self {
@@ -53,11 +58,11 @@ pub struct Decoder {
 impl Decoder {
     /// Reads `istio.workload.Address`.
     pub fn address(&mut self, bytes: Bytes) -> Result<Address, Rejection> {
-        match proto::Address::decode(bytes)?.r#type {
-            Some(proto::address::Type::Workload(workload)) => {
+        match raw::Address::decode(bytes)?.r#type {
+            Some(raw::Type::Workload(workload)) => {
                 workload::decode(workload, &mut self.interner).map(Address::Workload)
             }
-            Some(proto::address::Type::Service(service)) => {
+            Some(raw::Type::Service(service)) => {
                 service::decode(service, &mut self.interner).map(Address::Service)
             }
             None => Err(Rejection::Missing("both workload and service")),

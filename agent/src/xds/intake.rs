@@ -5,22 +5,23 @@ use std::sync::Arc;
 use bytes::Bytes;
 use culvert_core::snapshot::Change;
 use culvert_proto::envoy::service::discovery::v3::DeltaDiscoveryRequest as Request;
-use prost::Message;
 
 use super::arriving::Arriving;
-use super::decode::{Address, Decoder, Rejection};
+use super::decode::Rejection;
 use super::kept::Content;
 use super::needs::{Found, Needs};
+use super::read::{Read, Reader};
 use super::session::{Item, Kind, Rejections, Session, Version};
-use super::wire::{Resource, Response};
+use super::wire::Response;
 
 /// How many removals of unknown names the log tells of for each response.
 const UNKNOWN_TOLD: usize = 10;
+/// Bytes of a large response for each of which a name is expected: rather too many than too few.
+const BYTES_PER_NAME: usize = 512;
 
 /// All that a response changes.
 pub(super) struct Intake {
     pub session: Session,
-    decoder: Decoder,
     /// The resources as they came, when they are to be kept on disk.
     pub content: Option<Content>,
 }
@@ -36,7 +37,7 @@ pub(super) struct Outcome {
 
 impl Intake {
     pub fn new(session: Session, content: Option<Content>) -> Self {
-        Self { session, decoder: Decoder::default(), content }
+        Self { session, content }
     }
 
     /// Hands the changes of `response` to `publish`, which must take all of them. They are made as
@@ -44,6 +45,7 @@ impl Intake {
     pub fn take(
         &mut self,
         response: Response,
+        reader: &mut Reader,
         needs: &Needs,
         publish: impl FnOnce(&mut dyn Iterator<Item = Change>),
     ) -> Outcome {
@@ -51,7 +53,8 @@ impl Intake {
         let mut tally = Tally { kind: Kind::of_url(&type_url), ..Tally::default() };
         if let Some(kind) = tally.kind {
             self.session.names_mut(kind).expect(resources.len());
-            let (resources, removals) = (resources.into_iter(), removed_resources.into_iter());
+            let resources = resources.into_iter().map(|resource| reader.resource(resource));
+            let removals = removed_resources.into_iter();
             publish(&mut Changes { intake: self, needs, resources, removals, tally: &mut tally });
         } else {
             tracing::warn!(%type_url, "resources of a type that was not asked for are ignored");
@@ -59,7 +62,8 @@ impl Intake {
         self.finish(&type_url, &nonce, tally, needs)
     }
 
-    /// Takes over a response while it arrives: section by section, and what it removes at last.
+    /// Takes over a response of `size` bytes while it arrives: section by section, and what it
+    /// removes at last.
     ///
     /// Of what type its resources are is told by the first of them. `None`: it broke off. What came
     /// of it stays in force, as each resource stands by itself; the next stream names it as held and
@@ -67,10 +71,11 @@ impl Intake {
     pub fn take_arriving(
         &mut self,
         mut arriving: Arriving,
+        size: usize,
         needs: &Needs,
         mut publish: impl FnMut(&mut dyn Iterator<Item = Change>),
     ) -> Option<Outcome> {
-        let mut tally = Tally::default();
+        let mut tally = Tally { expected: size / BYTES_PER_NAME, ..Tally::default() };
         while arriving.begin_section() {
             let (resources, removals) = (&mut arriving, Vec::new().into_iter());
             publish(&mut Changes { intake: self, needs, resources, removals, tally: &mut tally });
@@ -105,71 +110,41 @@ impl Intake {
     }
 
     /// Takes over what was kept on disk. A resource that cannot be read any more is left out.
-    pub fn restore(
-        &mut self,
-        kind: Kind,
-        name: &str,
-        version: &str,
-        value: Bytes,
-    ) -> Option<Change> {
-        let raw = value.clone();
-        match self.read(kind, name, value) {
-            Ok((name, change, item)) => {
-                let version = Version::new(version);
-                if let Some(content) = &mut self.content {
-                    content.put(item, name.clone(), version.clone(), &raw);
-                }
-                self.session.names_mut(kind).accept(name, version, item);
-                Some(change)
-            }
-            Err(error) => {
-                tracing::warn!(name, %error, "a kept resource is left out");
+    pub fn restore(&mut self, read: Read) -> Option<Change> {
+        let Read { name, version, kind, raw, change, .. } = read;
+        match (kind, change) {
+            (Some(kind), Ok(change)) => Some(self.accept(kind, name, version, raw, change)),
+            (_, change) => {
+                let error = change.err().map(tracing::field::display);
+                tracing::warn!(name = &*name, error, "a kept resource is left out");
                 None
             }
         }
     }
 
-    fn read(
+    fn accept(
         &mut self,
         kind: Kind,
-        name: &str,
-        value: Bytes,
-    ) -> Result<(Arc<str>, Change, Item), Rejection> {
-        // The name as it is held already, so that nothing is kept twice.
-        let held = self.session.names(kind).shared(name);
-        match kind {
-            Kind::Address => match self.decoder.address(value)? {
-                Address::Workload(mut workload) => {
-                    is_called(name, &workload.uid, "uid")?;
-                    let key = held.unwrap_or_else(|| workload.uid.clone());
-                    workload.uid = key.clone();
-                    Ok((key, Change::Workload(workload), Item::Workload))
-                }
-                Address::Service(service) => {
-                    is_called(name, &service.key().to_string(), "namespace/hostname")?;
-                    let key = held.unwrap_or_else(|| name.into());
-                    Ok((key, Change::Service(service), Item::Service))
-                }
-            },
-            Kind::Authorization => {
-                let policy = self.decoder.authorization(value)?;
-                is_called(name, &policy.key(), "namespace/name")?;
-                let key = held.unwrap_or_else(|| name.into());
-                Ok((key, Change::Authorization(policy), Item::Policy))
-            }
+        name: Arc<str>,
+        version: Version,
+        raw: Option<Bytes>,
+        mut change: Change,
+    ) -> Change {
+        let item = match change {
+            Change::Workload(_) => Item::Workload,
+            Change::Service(_) => Item::Service,
+            _ => Item::Policy,
+        };
+        let kept = self.content.as_mut().zip(raw).map(|it| (it, version.clone()));
+        // As it is held already, so that nothing is in memory twice.
+        let name = self.session.names_mut(kind).accept(name, version, item);
+        if let Some(((content, raw), version)) = kept {
+            content.put(item, name.clone(), version, raw);
         }
-    }
-}
-
-/// A resource is removed by its name: one that is called differently could never be.
-fn is_called(name: &str, key: &str, field: &'static str) -> Result<(), Rejection> {
-    match *key == *name {
-        true => Ok(()),
-        false => Err(Rejection::Invalid {
-            field,
-            value: key.to_owned(),
-            why: "is not the resource's name",
-        }),
+        if let Change::Workload(workload) = &mut change {
+            workload.uid = name;
+        }
+        change
     }
 }
 
@@ -189,6 +164,8 @@ struct Tally {
     kind: Option<Kind>,
     /// How many there were.
     resources: usize,
+    /// How many of the first type may come.
+    expected: usize,
     /// What an on-demand need may have been called.
     answered: Vec<(String, Found)>,
     accepted: usize,
@@ -208,51 +185,42 @@ impl Tally {
     }
 }
 
-impl<R: Iterator<Item = Bytes>> Changes<'_, R> {
-    fn resource(&mut self, bytes: Bytes) -> Option<Change> {
+impl<R: Iterator<Item = Result<Read, Rejection>>> Changes<'_, R> {
+    fn resource(&mut self, read: Result<Read, Rejection>) -> Option<Change> {
         let index = self.tally.resources;
         self.tally.resources += 1;
-        let resource = match Resource::decode(bytes) {
-            Ok(resource) => resource,
+        let read = match read {
+            Ok(read) => read,
             Err(error) => {
-                let why = Rejection::Unreadable(error).to_string();
-                self.tally.reject(format!("resource {index}"), why);
+                self.tally.reject(format!("resource {index}"), error.to_string());
                 return None;
             }
         };
-        let Resource { version, payload, name, aliases } = resource;
-        let told = payload.as_ref().and_then(|payload| Kind::of_url(&payload.type_url));
-        let kind = self.tally.kind.or(told);
-        self.tally.kind = kind;
+        let Read { name, version, aliases, kind: told, raw, change } = read;
+        if self.tally.kind.is_none()
+            && let Some(kind) = told
+        {
+            self.tally.kind = told;
+            self.intake.session.names_mut(kind).expect(self.tally.expected);
+        }
+        let kind = self.tally.kind;
         if self.needs.are_asked() && kind == Some(Kind::Address) {
-            let names = aliases.into_iter().chain([name.clone()]);
+            let names = aliases.into_iter().chain([name.to_string()]);
             self.tally.answered.extend(names.map(|name| (name, Found::Known)));
         }
-        let read = match (payload, told) {
-            (None, _) => Err(Rejection::Missing("resource")),
-            (Some(payload), Some(own)) if kind == told => {
-                let raw = payload.value.clone();
-                let read = self.intake.read(own, &name, payload.value);
-                read.map(|read| (own, raw, read))
-            }
-            (Some(payload), _) => Err(Rejection::Invalid {
-                field: "type_url",
-                value: payload.type_url,
-                why: "is not that of the response",
-            }),
-        };
-        match read {
-            Ok((kind, raw, (key, change, item))) => {
-                let version = Version::new(&version);
-                if let Some(content) = &mut self.intake.content {
-                    content.put(item, key.clone(), version.clone(), &raw);
-                }
-                self.intake.session.names_mut(kind).accept(key, version, item);
+        match (told, change) {
+            (Some(told), Ok(change)) if kind == Some(told) => {
                 self.tally.accepted += 1;
-                Some(change)
+                Some(self.intake.accept(told, name, version, raw, change))
             }
-            Err(error) => {
-                self.tally.reject(name, error.to_string());
+            (Some(told), _) if kind != Some(told) => {
+                self.tally
+                    .reject(name.to_string(), Rejection::of_other_type(told.url()).to_string());
+                None
+            }
+            (_, change) => {
+                let error = change.err().map(|error| error.to_string());
+                self.tally.reject(name.to_string(), error.unwrap_or_default());
                 None
             }
         }
@@ -293,12 +261,12 @@ impl<R: Iterator<Item = Bytes>> Changes<'_, R> {
     }
 }
 
-impl<R: Iterator<Item = Bytes>> Iterator for Changes<'_, R> {
+impl<R: Iterator<Item = Result<Read, Rejection>>> Iterator for Changes<'_, R> {
     type Item = Change;
 
     fn next(&mut self) -> Option<Change> {
-        while let Some(bytes) = self.resources.next() {
-            if let Some(change) = self.resource(bytes) {
+        while let Some(read) = self.resources.next() {
+            if let Some(change) = self.resource(read) {
                 return Some(change);
             }
         }

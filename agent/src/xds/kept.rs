@@ -84,9 +84,9 @@ pub(super) enum KeptError {
 pub(super) struct Content(HashMap<(Item, Arc<str>), (Version, Bytes)>);
 
 impl Content {
-    pub fn put(&mut self, item: Item, name: Arc<str>, version: Version, value: &[u8]) {
-        // Copied: a slice would hold on to the whole message that it came in.
-        self.0.insert((item, name), (version, Bytes::copy_from_slice(value)));
+    /// `value` must not be a slice of more: it would hold on to that.
+    pub fn put(&mut self, item: Item, name: Arc<str>, version: Version, value: Bytes) {
+        self.0.insert((item, name), (version, value));
     }
 
     pub fn remove(&mut self, item: Option<Item>, name: &str) {

@@ -10,6 +10,7 @@ use culvert_proto::envoy::service::discovery::v3::DeltaDiscoveryRequest as Reque
 use culvert_proto::google::rpc::Status;
 use culvert_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 use hashbrown::HashMap;
+use hashbrown::hash_map::Entry;
 
 /// A resource type that is subscribed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,7 +32,11 @@ impl Kind {
     }
 
     pub fn of_url(url: &str) -> Option<Self> {
-        Kind::ALL.into_iter().find(|kind| kind.url() == url)
+        Self::of_bytes(url.as_bytes())
+    }
+
+    pub fn of_bytes(url: &[u8]) -> Option<Self> {
+        Kind::ALL.into_iter().find(|kind| kind.url().as_bytes() == url)
     }
 }
 
@@ -97,11 +102,6 @@ pub(super) struct Names {
 }
 
 impl Names {
-    /// The name as it is kept, so that what has it as its key can share the memory.
-    pub fn shared(&self, name: &str) -> Option<Arc<str>> {
-        self.held.get_key_value(name).map(|(name, _)| name.clone())
-    }
-
     pub fn contains(&self, name: &str) -> bool {
         self.held.contains_key(name)
     }
@@ -113,15 +113,24 @@ impl Names {
         }
     }
 
-    pub fn accept(&mut self, name: Arc<str>, version: Version, item: Item) {
-        let first = || Held { version: version.clone(), workload: false, service: false };
-        let held = self.held.entry(name).or_insert_with(first);
+    /// Gives the name as it is kept, so that what has it as its key can share the memory.
+    pub fn accept(&mut self, name: Arc<str>, version: Version, item: Item) -> Arc<str> {
+        let mut entry = match self.held.entry(name) {
+            Entry::Occupied(mut entry) => {
+                entry.get_mut().version = version;
+                entry
+            }
+            Entry::Vacant(entry) => {
+                entry.insert_entry(Held { version, workload: false, service: false })
+            }
+        };
+        let held = entry.get_mut();
         match item {
             Item::Workload => held.workload = true,
             Item::Service => held.service = true,
             Item::Policy => {}
         }
-        held.version = version;
+        entry.key().clone()
     }
 
     /// Gives what went; nothing if the name is not held. A workload goes before a service of the

@@ -6,6 +6,8 @@
 
 use bytes::Bytes;
 
+use super::decode::Rejection;
+
 /// `envoy.service.discovery.v3.DeltaDiscoveryResponse`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Response {
@@ -28,14 +30,16 @@ impl Response {
 }
 
 /// `envoy.service.discovery.v3.Resource`.
+///
+/// Its texts are slices of the message too: each is soon compared or copied.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Resource {
-    #[prost(string, tag = "1")]
-    pub version: String,
+    #[prost(bytes = "bytes", tag = "1")]
+    pub version: Bytes,
     #[prost(message, optional, tag = "2")]
     pub payload: Option<Payload>,
-    #[prost(string, tag = "3")]
-    pub name: String,
+    #[prost(bytes = "bytes", tag = "3")]
+    pub name: Bytes,
     #[prost(string, repeated, tag = "4")]
     pub aliases: Vec<String>,
 }
@@ -43,8 +47,17 @@ pub(super) struct Resource {
 /// `google.protobuf.Any`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Payload {
-    #[prost(string, tag = "1")]
-    pub type_url: String,
+    #[prost(bytes = "bytes", tag = "1")]
+    pub type_url: Bytes,
     #[prost(bytes = "bytes", tag = "2")]
     pub value: Bytes,
+}
+
+/// A field that holds a text.
+pub(super) fn text<'a>(field: &'static str, bytes: &'a [u8]) -> Result<&'a str, Rejection> {
+    std::str::from_utf8(bytes).map_err(|_| Rejection::Invalid {
+        field,
+        value: String::from_utf8_lossy(bytes).into_owned(),
+        why: "is not UTF-8",
+    })
 }

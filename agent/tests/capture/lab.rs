@@ -109,6 +109,16 @@ impl Node {
         ip(&format!("-n {node} -6 route replace {}/128 dev {host}", pod.v6));
     }
 
+    /// Gives another pod's addresses to a pod, and routes there.
+    pub fn succeed(&self, successor: &Pod, earlier: &Pod) {
+        let (node, host, name) = (&self.name, &successor.host, &successor.name);
+        let (v4, v6) = (earlier.v4, earlier.v6);
+        ip(&format!("-n {name} addr add {v4}/32 dev eth0"));
+        ip(&format!("-n {name} -6 addr add {v6}/128 dev eth0 nodad"));
+        ip(&format!("-n {node} route replace {v4}/32 dev {host}"));
+        ip(&format!("-n {node} -6 route replace {v6}/128 dev {host}"));
+    }
+
     /// A pod with one address of each family, reachable from the node and from its other pods.
     pub fn pod(&self) -> Pod {
         let number = self.pods.fetch_add(1, Ordering::Relaxed) + 1;

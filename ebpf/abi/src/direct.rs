@@ -97,7 +97,8 @@ pub struct DirectFlow {
     pub original: Address,
     /// Port of that, in host byte order.
     pub port: u32,
-    pub reserved: u32,
+    /// 1 once the destination's end has seen it come.
+    pub arrived: u32,
     /// Nanoseconds of `CLOCK_BOOTTIME`, as is the next; zero while it waits for an answer.
     pub connected_at: u64,
     pub established_at: u64,
@@ -178,6 +179,8 @@ pub struct DirectCounts {
     pub retracted: u64,
     /// Direct connections that failed because there could be no record of them.
     pub unrecorded: u64,
+    /// Direct connections that were answered, but not by a pod of ours: no byte of theirs leaves.
+    pub astray: u64,
     /// Events that found no room.
     pub events_lost: u64,
 }
@@ -191,7 +194,7 @@ const _: () = {
     assert!(size_of::<Live>() == 16);
     assert!(size_of::<Agent>() == 8);
     assert!(size_of::<FlowEvent>() == 168);
-    assert!(size_of::<DirectCounts>() == 10 * 8);
+    assert!(size_of::<DirectCounts>() == 11 * 8);
 };
 
 /// Longer names would be cut off in the kernel.

@@ -149,6 +149,8 @@ impl Pod {
     /// istio-cni has put its rules into the pod: they may lead connections to the agent's ports, and
     /// the node's own arrive from [`NODE_PROBE_V4`] and [`NODE_PROBE_V6`].
     pub const BESIDE_CNI: u32 = 32;
+    /// No connection goes straight to the pod.
+    pub const BY_AGENT: u32 = 64;
 }
 
 /// A port whose connections one pod keeps to itself.

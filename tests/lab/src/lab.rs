@@ -141,6 +141,23 @@ impl Lab {
         netns::delete(pod.place.netns().name())
     }
 
+    /// Puts another pod into the place of one, with its addresses, as when a pod is deleted and its
+    /// addresses are given away.
+    pub fn replace_pod(&self, gone: &Pod, name: &str) -> Result<Pod> {
+        let nodes = self.nodes.lock().unwrap_or_else(PoisonError::into_inner);
+        let node = nodes.iter().find(|node| node.name == gone.node);
+        let node = node.with_context(|| format!("no node for pod {name}"))?;
+        let number = gone.v4.octets()[3] - 1;
+        // With a namespace its devices go later.
+        node.place.netns().ip(&format!("link del pod-{number}\n"))?;
+        self.remove_pod(gone)?;
+        let netns = Netns::create(&format!("{}-{name}", self.name))?;
+        let place = Place::new(netns, node.place.cgroup().join(name), self.logs())?;
+        let pod = Pod { name: name.to_owned(), place, ..gone.clone() };
+        plug(node, &pod, number)?;
+        Ok(pod)
+    }
+
     /// Begins to record the packets between two nodes.
     pub fn wire(&self, one: &Node, other: &Node) -> Result<Wire> {
         Wire::tap(one.place.netns(), &link_name(other))

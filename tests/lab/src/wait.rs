@@ -17,6 +17,16 @@ pub fn until(what: impl Display, limit: Duration, mut probe: impl FnMut() -> boo
 pub fn until_some<T, E: Display>(
     what: impl Display,
     limit: Duration,
+    probe: impl FnMut() -> Result<T, E>,
+) -> Result<T> {
+    until_some_within(what, limit, Duration::from_millis(50), probe)
+}
+
+/// The same, with no more than `longest` between two probes: for who measures how long it takes.
+pub fn until_some_within<T, E: Display>(
+    what: impl Display,
+    limit: Duration,
+    longest: Duration,
     mut probe: impl FnMut() -> Result<T, E>,
 ) -> Result<T> {
     let start = Instant::now();
@@ -29,7 +39,7 @@ pub fn until_some<T, E: Display>(
             }
             Err(_) => nap(pause),
         }
-        pause = (pause * 2).min(Duration::from_millis(50));
+        pause = (pause * 2).min(longest);
     }
 }
 

@@ -19,7 +19,7 @@ use culvert_proto::istio::workload::{
 };
 use culvert_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 use culvert_tests::control::world::is_ack;
-use culvert_tests::control::{Behaviour, ControlPlane, Listen, World};
+use culvert_tests::control::{Behaviour, ControlPlane, Listen, Prepared, World};
 use prost::Message;
 use prost_types::Any;
 
@@ -38,7 +38,8 @@ fn main() -> Result<()> {
     let plane = ControlPlane::start(Listen::Loopback)?;
     std::fs::write(Path::new(&root), plane.pki.root()).context("writing the root certificate")?;
     plane.world.behave(Behaviour::Silent);
-    let (mesh, policies) = (addresses(count), policies(if count == 0 { 0 } else { 1_000 }));
+    let mesh = Prepared::new(&addresses(count));
+    let policies = Prepared::new(&policies(if count == 0 { 0 } else { 1_000 }));
     println!("{}", plane.address());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(first_answers(&plane.world, mesh, policies))?;
@@ -54,15 +55,10 @@ fn main() -> Result<()> {
 }
 
 /// Answers the first request of each type with everything there is.
-async fn first_answers(
-    world: &Arc<World>,
-    mesh: DeltaDiscoveryResponse,
-    policies: DeltaDiscoveryResponse,
-) -> Result<()> {
-    for response in [mesh, policies] {
-        let url = response.type_url.clone();
+async fn first_answers(world: &Arc<World>, mesh: Prepared, policies: Prepared) -> Result<()> {
+    for (url, response) in [(ADDRESS_TYPE_URL, mesh), (AUTHORIZATION_TYPE_URL, policies)] {
         world.request("the first of a type", |it| it.request.type_url == url).await?;
-        world.send(response);
+        world.send_prepared(response);
     }
     Ok(())
 }
@@ -89,7 +85,7 @@ async fn churn(
         nonce = format!("churn-{pushed}");
         let response = response(ADDRESS_TYPE_URL, &nonce, changed.collect());
         sent += each;
-        world.send(response);
+        world.send_prepared(Prepared::new(&response));
     }
     let last = Instant::now();
     let is_last = |nonce: &str, it: &str| nonce == it;

@@ -25,6 +25,7 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::prepared::Preparing;
 use super::world::{Command, Served, World};
 
 /// How new streams are dealt with.
@@ -51,10 +52,12 @@ pub struct Recorded {
 }
 
 /// A service to add to a server's routes.
-pub fn service(world: Arc<World>) -> AggregatedDiscoveryServiceServer<Ads> {
-    AggregatedDiscoveryServiceServer::new(Ads { world, streams: Default::default() })
+pub fn service(world: Arc<World>) -> Preparing<AggregatedDiscoveryServiceServer<Ads>> {
+    let ads = Ads { world: world.clone(), streams: Default::default() };
+    let service = AggregatedDiscoveryServiceServer::new(ads)
         .max_decoding_message_size(usize::MAX)
-        .max_encoding_message_size(usize::MAX)
+        .max_encoding_message_size(usize::MAX);
+    Preparing { service, world }
 }
 
 pub struct Ads {

@@ -12,10 +12,11 @@ use culvert_proto::istio::security::Authorization;
 use culvert_proto::istio::workload::{Address, Service, Workload, address};
 use culvert_proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 use prost::Message;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{broadcast, mpsc, watch};
 use tonic::Status;
 
 use super::ads::{Behaviour, Recorded};
+use super::prepared::Prepared;
 
 /// How long the helpers that wait do so.
 const LIMIT: std::time::Duration = std::time::Duration::from_secs(30);
@@ -52,6 +53,9 @@ struct Inner {
     behaviour: Behaviour,
     token: Option<String>,
     streams: usize,
+    /// Of each stream, also of those that have ended.
+    listeners: Vec<mpsc::UnboundedSender<Prepared>>,
+    accepted: usize,
 }
 
 impl Default for World {
@@ -132,6 +136,18 @@ impl World {
         let _ = self.commands.send(Command::Send(response));
     }
 
+    /// The same, of one that is encoded already.
+    pub fn send_prepared(&self, response: Prepared) {
+        self.lock().listeners.retain(|listener| listener.send(response.clone()).is_ok());
+    }
+
+    /// What is sent prepared from now on.
+    pub(super) fn listen(&self) -> mpsc::UnboundedReceiver<Prepared> {
+        let (listener, prepared) = mpsc::unbounded_channel();
+        self.lock().listeners.push(listener);
+        prepared
+    }
+
     /// Ends every open stream.
     pub fn end_streams(&self, status: Option<Status>) {
         let _ = self.commands.send(Command::End(status));
@@ -140,6 +156,11 @@ impl World {
     /// All requests so far, of all streams.
     pub fn requests(&self) -> Vec<Recorded> {
         self.lock().requests.clone()
+    }
+
+    /// How many responses have been accepted whole.
+    pub fn accepted(&self) -> usize {
+        self.lock().accepted
     }
 
     /// How many streams are open.
@@ -168,7 +189,11 @@ impl World {
     }
 
     pub(super) fn record(&self, request: Recorded) {
-        self.lock().requests.push(request);
+        {
+            let mut inner = self.lock();
+            inner.accepted += usize::from(is_ack(&request.request));
+            inner.requests.push(request);
+        }
         self.recorded.send_modify(|count| *count += 1);
     }
 

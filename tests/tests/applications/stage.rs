@@ -326,6 +326,7 @@ impl Stage<'_> {
     pub fn closed(&self) -> Result<SocketAddr> {
         let (listener, to) = self.listen()?;
         drop(listener);
+        direct::closed(self.ground.mesh.pod("server").place(), to)?;
         Ok(to)
     }
 

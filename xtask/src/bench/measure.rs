@@ -69,7 +69,7 @@ impl Kind {
     pub fn measures(self) -> Vec<String> {
         let sample = Sample { outcome: Outcome::default(), machine: 0.0, agents: 0.0 };
         match self {
-            Self::Idle => vec![FRESH.to_owned(), IDLE.to_owned()],
+            Self::Idle => [IDLE, FRESH, HOLDING].map(str::to_owned).into(),
             Self::Fairness(flood) => vec![flood.measure().to_owned()],
             _ => self.figures(&sample).into_iter().map(|(name, ..)| name).collect(),
         }
@@ -148,8 +148,11 @@ fn paced(name: &str, outcome: &Outcome) -> Vec<(String, f64, &'static str)> {
         .to_vec()
 }
 
+/// How much the agents of a path grow together.
+const IDLE: &str = "memory-per-10k-idle";
+/// What one agent holds before anybody connects, and with idle connections: the larger of two.
 const FRESH: &str = "memory-fresh";
-const IDLE: &str = "memory-10k-idle";
+const HOLDING: &str = "memory-idle";
 
 /// One measurement, with the processor seconds it took.
 struct Sample {
@@ -169,7 +172,7 @@ pub fn alternate(
     let mut figures: Vec<Figure> = Vec::new();
     for _ in 0..rounds {
         let mut round: Vec<(String, Round, &'static str)> = Vec::new();
-        for side in field.sides() {
+        for side in Side::ALL {
             for (measure, value, unit) in sample_of(field, path, side, kind, seconds)? {
                 match round.iter_mut().find(|(name, ..)| *name == measure) {
                     Some((_, values, _)) => values.set(side, value),
@@ -235,33 +238,30 @@ fn flooded(field: &Field, path: Path, side: Side, flood: Flood, seconds: f64) ->
     Ok(loud / quiet)
 }
 
-/// The memory of the agent that has most, fresh and with idle connections through it.
+/// How much the agents grow by connections that do nothing, once they have settled.
 pub fn idle(field: &mut Field, path: Path, count: usize) -> Result<Vec<Figure>> {
-    let (mut fresh, mut held) = (Round::default(), Round::default());
-    for side in field.sides() {
-        let pids = field.agents(path, side);
-        if pids.is_empty() {
-            continue;
-        }
-        fresh.set(side, field.fresh(side));
-        let before = resident(&pids)?;
-        let connections = field.hold(path, side, count)?;
-        let mut last = 0.0;
-        wait::until("the agents' memory to settle", Duration::from_secs(20), || {
-            let now = resident(&pids).unwrap_or_default();
-            let settled = (now - last).abs() < 0.1;
-            last = now;
-            settled
-        })?;
-        drop(connections);
-        // In proportion, where fewer connections fit.
-        held.set(side, before + (last - before).max(0.0) * 1e4 / count as f64);
-    }
-    let path = path.name();
-    Ok(vec![
-        Figure { path, measure: FRESH.to_owned(), rounds: vec![fresh], unit: "MB" },
-        Figure { path, measure: IDLE.to_owned(), rounds: vec![held], unit: "MB" },
-    ])
+    let pids = field.agents(path, Side::Culvert);
+    let before = resident(&pids)?;
+    let held = field.hold(path, Side::Culvert, count)?;
+    let mut last = 0.0;
+    wait::until("the agents' memory to settle", Duration::from_secs(20), || {
+        let now = resident(&pids).unwrap_or_default();
+        let settled = (now - last).abs() < 0.1;
+        last = now;
+        settled
+    })?;
+    let largest = |all: &[f64]| all.iter().copied().fold(0.0, f64::max);
+    let each = pids.iter().map(|pid| resident(&[*pid])).collect::<Result<Vec<_>>>()?;
+    drop(held);
+    let grown = (last - before).max(0.0) * 1e4 / count as f64;
+    let fresh = field.fresh.get(..pids.len()).unwrap_or_default();
+    let figures = [(IDLE, grown), (FRESH, largest(fresh)), (HOLDING, largest(&each))];
+    let figures = figures.map(|(measure, value)| {
+        let mut round = Round::default();
+        round.set(Side::Culvert, value);
+        Figure { path: path.name(), measure: measure.to_owned(), rounds: vec![round], unit: "MB" }
+    });
+    Ok(figures.into())
 }
 
 /// Processor seconds of the whole machine, idling left out.
@@ -292,16 +292,16 @@ fn agent_seconds(pids: &[u32]) -> Result<f64> {
     Ok(total / sys::ticks_per_second())
 }
 
-/// Resident memory of the process that has most, in megabytes.
+/// Resident memory of the processes together, in megabytes.
 pub fn resident(pids: &[u32]) -> Result<f64> {
-    let mut most = 0.0f64;
+    let mut total = 0.0;
     for pid in pids {
         let path = format!("/proc/{pid}/status");
         let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
         let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let kilobytes = line.and_then(|line| line.trim().split(' ').next()?.parse::<f64>().ok());
         let kilobytes = kilobytes.with_context(|| format!("no VmRSS in {path}"))?;
-        most = most.max(kilobytes * 1024.0 / 1e6);
+        total += kilobytes * 1024.0 / 1e6;
     }
-    Ok(most)
+    Ok(total)
 }

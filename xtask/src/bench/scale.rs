@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use culvert_lab::agent::{Agent, AgentOptions};
+use culvert_lab::http;
 use culvert_lab::lab::Attach;
 use culvert_lab::mesh::{Mesh, Running};
+use culvert_lab::place::Place;
 use culvert_lab::process::Process;
 use culvert_lab::wait;
 
@@ -45,6 +47,8 @@ pub struct Arguments {
 
 /// Long enough for the largest mesh on a loaded machine.
 const READY: Duration = Duration::from_secs(60);
+/// How long after it is ready that may be found.
+const LOOK: Duration = Duration::from_millis(4);
 const PORT: u16 = 7000;
 
 pub fn run(arguments: &Arguments) -> Result<()> {
@@ -94,7 +98,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if let Some(change) = change {
         println!("{} changed endpoints a second: {change}", arguments.changes);
     }
-    println!("{}", shell::dim(&format!("{:.0} s", steps.elapsed().as_secs_f64())));
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load = load.split(' ').take(3).collect::<Vec<_>>().join(" ");
+    let took = format!("{:.0} s, load average {load}", steps.elapsed().as_secs_f64());
+    println!("{}", shell::dim(&took));
     Ok(())
 }
 
@@ -129,8 +136,9 @@ impl std::fmt::Display for Table {
         let head = ["workloads", "measure", "ztunnel", "Culvert", "ratio"];
         let [count, measure, peer, culvert, ratio] = head;
         write!(f, "{count:>9}  {measure:<18} {peer:>8} {culvert:>8} {ratio:>6}")?;
-        let measures: [Measure; 3] = [
+        let measures: [Measure; 4] = [
             ("ready, seconds", |it| it.seconds, 2),
+            ("processor, seconds", |it| it.processor, 2),
             ("resident then, MB", |it| it.resident, 0),
             ("at most, MB", |it| it.peak, 0),
         ];
@@ -154,20 +162,32 @@ impl std::fmt::Display for Table {
 /// From the start of the process to its readiness, with its memory then and at most until then.
 struct Ready {
     seconds: f64,
+    /// Of all its threads.
+    processor: f64,
     resident: f64,
     peak: f64,
 }
 
 impl std::fmt::Display for Ready {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { seconds, resident, peak } = self;
-        write!(f, "ready in {seconds:.2} s, {resident:.0} MB, at most {peak:.0} MB")
+        let Self { seconds, processor, resident, peak } = self;
+        write!(f, "ready in {seconds:.2} s, {processor:.2} s of a processor, ")?;
+        write!(f, "{resident:.0} MB, at most {peak:.0} MB")
     }
 }
 
 impl Ready {
-    fn of(pid: u32, started: Instant) -> Result<Self> {
-        let seconds = started.elapsed().as_secs_f64();
+    /// Waits for the answer of the process in `place`.
+    fn of(pid: u32, place: &Place, started: Instant) -> Result<Self> {
+        let at = SocketAddr::from(([127, 0, 0, 1], 15021));
+        wait::until_some_within("readiness", READY, LOOK, || {
+            let answer = place.run(|| http::get(at, "/healthz/ready", Duration::from_secs(5)))?;
+            match answer.status {
+                200 => Ok(()),
+                _ => Err(anyhow::anyhow!("{}", answer.body.trim())),
+            }
+        })?;
+        let (seconds, processor) = (started.elapsed().as_secs_f64(), processor(pid)?);
         let mut last = 0.0;
         wait::until("the memory to settle", READY, || {
             let now = memory(pid, "VmRSS:").unwrap_or_default();
@@ -175,7 +195,21 @@ impl Ready {
             last = now;
             settled
         })?;
-        Ok(Self { seconds, resident: last, peak: memory(pid, "VmHWM:")? })
+        Ok(Self { seconds, processor, resident: last, peak: memory(pid, "VmHWM:")? })
+    }
+}
+
+/// What all threads of a process took, also those that have ended, in seconds.
+fn processor(pid: u32) -> Result<f64> {
+    let path = format!("/proc/{pid}/stat");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    // The second field may have anything in its parentheses; user and system time are the 14th and
+    // 15th, in hundredths of a second (proc_pid_stat(5)).
+    let fields = text.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let hundredths: Vec<f64> = fields.skip(11).take(2).flat_map(str::parse).collect();
+    match *hundredths {
+        [user, system] => Ok((user + system) / 100.0),
+        _ => bail!("no times in {path}"),
     }
 }
 
@@ -266,8 +300,9 @@ impl Field {
         let mut options = AgentOptions::new(binary, &mesh.config());
         options.environment = plane.environment.clone();
         let started = Instant::now();
-        let agent = mesh.agent_with("a", &options)?;
-        let ready = Ready::of(agent.pid(), started)?;
+        let mut agent = mesh.start_agent("a", &options)?;
+        let ready = Ready::of(agent.pid(), mesh.node("a").place(), started)
+            .with_context(|| agent.process().log_tail(10))?;
         let field = Self { _agents: [agent, far], _server: server, plane, mesh };
         wait::until_some("the server to answer", wait::SOON, || field.load(0.05))?;
         Ok((field, ready))
@@ -288,6 +323,7 @@ impl Field {
     /// Quiet and changing in turn: the ratios of the latencies.
     fn alternate(&mut self, arguments: &Arguments) -> Result<String> {
         let (mut medians, mut tails, mut lags) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut quiet_tails, mut changing_tails) = (Vec::new(), Vec::new());
         for _ in 0..arguments.rounds.max(1) {
             let quiet = self.load(arguments.seconds)?;
             self.plane.order(&format!("churn {} {}", arguments.changes, arguments.seconds))?;
@@ -297,12 +333,18 @@ impl Field {
             lags.push(lag.with_context(|| format!("the control plane said {answer:?}"))?);
             medians.push(changing.p50 / quiet.p50);
             tails.push(changing.p99 / quiet.p99);
+            quiet_tails.push(quiet.p99);
+            changing_tails.push(changing.p99);
         }
+        let median = |values: Vec<f64>| median(values.into_iter());
         Ok(format!(
-            "p50 {:.2} and p99 {:.2} times those of quiet, last change taken over after {:.0} ms",
-            median(medians.into_iter()),
-            median(tails.into_iter()),
-            median(lags.into_iter()) * 1e3,
+            "p50 {:.2} and p99 {:.2} times those of quiet (p99 {:.0} and {:.0} µs), last change \
+             taken over after {:.0} ms",
+            median(medians),
+            median(tails),
+            median(quiet_tails) * 1e6,
+            median(changing_tails) * 1e6,
+            median(lags) * 1e3,
         ))
     }
 }
@@ -323,12 +365,5 @@ fn ready_peer(plane: &Path, binary: &Path, count: usize) -> Result<Ready> {
     command.env("PROXY_WORKLOAD_INFO", "ns-0/app-0/app-0");
     let started = Instant::now();
     let process = place.start("ztunnel", &mut command)?;
-    let at = SocketAddr::from(([127, 0, 0, 1], 15021));
-    wait::until_some("ztunnel to be ready", READY, || {
-        let limit = Duration::from_secs(5);
-        let answer = place.run(|| culvert_lab::http::get(at, "/healthz/ready", limit))?;
-        if answer.status == 200 { Ok(()) } else { Err(anyhow::anyhow!("{}", answer.body.trim())) }
-    })
-    .with_context(|| process.log_tail(10))?;
-    Ready::of(process.pid(), started)
+    Ready::of(process.pid(), place, started).with_context(|| process.log_tail(10))
 }

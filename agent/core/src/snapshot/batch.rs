@@ -112,7 +112,11 @@ pub(super) struct Net<T> {
 
 impl<T> Net<T> {
     pub fn is_empty(&self) -> bool {
-        self.removed.is_empty() && self.added.is_empty()
+        self.len() == 0
+    }
+
+    pub fn len(&self) -> usize {
+        self.removed.len() + self.added.len()
     }
 
     /// All that leaves, then all that comes, with the hash of its key in the set.
@@ -127,7 +131,7 @@ impl<T> Net<T> {
         &'a self,
         keys: impl Fn(&'a T) -> I,
     ) -> Vec<Step<'a, T>> {
-        let mut steps = Vec::with_capacity(self.removed.len() + self.added.len());
+        let mut steps = Vec::with_capacity(self.len());
         for Step { value, kind, .. } in self.all() {
             steps.extend(keys(value).into_iter().map(|hash| Step { hash, value, kind }));
         }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
@@ -19,31 +19,10 @@ pub(super) struct WorkloadIndex {
     by_address: Trie<Workload>,
     by_pod_name: Trie<Workload>,
     by_dns_name: Trie<Workload>,
-    /// By service, whether or not that is known.
-    members: Trie<Members>,
-}
-
-/// The workloads that name one service as theirs.
-#[derive(Debug)]
-struct Members {
-    service: NamespacedHostname,
-    /// By uid.
-    workloads: Trie<Workload>,
-    /// The same to draw from, made when first needed.
-    roster: OnceLock<Roster>,
-}
-
-/// The workloads that name a service as theirs, healthy or not, in no particular order.
-#[derive(Debug)]
-pub struct Roster {
-    pub workloads: Box<[Arc<Workload>]>,
-    /// The largest of their capacities.
-    pub heaviest: u32,
 }
 
 impl WorkloadIndex {
-    /// `net` has the hashes of `by_uid`.
-    pub fn apply(&mut self, net: &Net<Workload>, by_uid: &Trie<Workload>) {
+    pub fn apply(&mut self, net: &Net<Workload>) {
         if net.is_empty() {
             return;
         }
@@ -60,7 +39,6 @@ impl WorkloadIndex {
             (!workload.hostname.is_empty()).then(|| self.by_dns_name.hash(&name))
         });
         self.by_dns_name.apply(steps);
-        self.apply_members(net, by_uid);
     }
 
     pub fn at<'a>(&'a self, network: &str, ip: IpAddr) -> impl Iterator<Item = &'a Arc<Workload>> {
@@ -87,90 +65,6 @@ impl WorkloadIndex {
             workload.hostname == name.hostname && workload.namespace == name.namespace
         })
     }
-
-    pub fn members<'a>(
-        &'a self,
-        service: &NamespacedHostname,
-    ) -> impl Iterator<Item = &'a Arc<Workload>> + use<'a> {
-        self.members_of(service).into_iter().flat_map(|members| members.workloads.values())
-    }
-
-    pub fn roster(&self, service: &NamespacedHostname) -> Option<&Roster> {
-        let members = self.members_of(service)?;
-        Some(members.roster.get_or_init(|| {
-            let workloads: Box<[_]> = members.workloads.values().cloned().collect();
-            let heaviest = workloads.iter().map(|workload| workload.capacity).max();
-            Roster { workloads, heaviest: heaviest.unwrap_or_default() }
-        }))
-    }
-
-    /// How many workloads name the service as theirs.
-    pub fn member_count(&self, service: &NamespacedHostname) -> usize {
-        self.members_of(service).map_or(0, |members| members.workloads.len())
-    }
-
-    pub fn shares_members_with(&self, other: &Self, service: &NamespacedHostname) -> bool {
-        match (self.members_of(service), other.members_of(service)) {
-            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
-            (None, None) => true,
-            (Some(_), None) | (None, Some(_)) => false,
-        }
-    }
-
-    fn members_of(&self, service: &NamespacedHostname) -> Option<&Arc<Members>> {
-        self.members.find(self.members.hash(service), |members| members.service == *service)
-    }
-
-    fn apply_members(&mut self, net: &Net<Workload>, by_uid: &Trie<Workload>) {
-        let mut joins: Vec<(u64, &NamespacedHostname, Step<'_, Workload>)> = Vec::new();
-        for Step { hash, value, kind } in net.all() {
-            joins.extend(
-                value.services.keys().map(|service| {
-                    (self.members.hash(service), service, Step { hash, value, kind })
-                }),
-            );
-        }
-        // Stable: what goes is before what comes.
-        joins.sort_by_key(|(hash, ..)| *hash);
-        let mut changes: Vec<MembersChange<'_>> = Vec::new();
-        for (hash, service, step) in joins {
-            // Services of one hash may alternate.
-            let mut recent = changes.iter_mut().rev().take_while(|change| change.hash == hash);
-            match recent.find(|change| change.service == service) {
-                Some(change) => change.steps.push(step),
-                None => {
-                    let old = self.members_of(service).cloned();
-                    changes.push(MembersChange { hash, service, old, steps: vec![step] });
-                }
-            }
-        }
-        let mut all = Vec::with_capacity(changes.len());
-        for MembersChange { hash, service, old, steps } in changes {
-            let mut workloads = match &old {
-                Some(members) => members.workloads.clone(),
-                None => Trie::empty_like(by_uid),
-            };
-            workloads.apply(steps);
-            let service = service.clone();
-            let new = (workloads.len() > 0)
-                .then(|| Arc::new(Members { service, workloads, roster: OnceLock::new() }));
-            all.push((hash, old, new));
-        }
-        let steps = all.iter().flat_map(|(hash, old, new)| {
-            let removed = old.iter().map(|value| Step { hash: *hash, value, kind: Kind::Remove });
-            let added = new.iter().map(|value| Step { hash: *hash, value, kind: Kind::Insert });
-            removed.chain(added)
-        });
-        self.members.apply(steps.collect());
-    }
-}
-
-/// What happens to the members of one service.
-struct MembersChange<'a> {
-    hash: u64,
-    service: &'a NamespacedHostname,
-    old: Option<Arc<Members>>,
-    steps: Vec<Step<'a, Workload>>,
 }
 
 /// What a workload owns: one in the host's network owns no address.

@@ -51,6 +51,50 @@ fn endpoints_need_no_order_of_arrival() {
     assert_eq!(endpoints(&left), [""; 0]);
 }
 
+/// A large step is made by two threads.
+#[test]
+fn a_large_step_equals_many_small_ones() {
+    let workload = |number: usize, host: u8| {
+        let (service, place) = (number % 100, number / 100);
+        let address = format!("10.{host}.{service}.{place}");
+        pod("shop", &format!("w{number}"), &[&address])
+            .behind(&format!("shop/s{service}.shop"), &[(80, 8080)])
+    };
+    let service = |number: usize| {
+        service("shop", &format!("s{number}"), &[&format!("10.96.0.{number}")], &[(80, 80)])
+    };
+    let mut first: Vec<Change> = (0..100).map(|number| Change::Service(service(number))).collect();
+    first.extend((0..WORTH_A_THREAD).map(|number| Change::Workload(workload(number, 1))));
+    let second = (0..WORTH_A_THREAD).map(|number| match number % 8 {
+        0 => Change::RemoveWorkload(workload(number, 1).uid),
+        _ => Change::Workload(workload(number, 2)),
+    });
+    let second: Vec<Change> = second.collect();
+    let large = Snapshot::default().with(first.clone()).with(second.clone());
+    let steps = first.chunks(1000).chain(second.chunks(1000));
+    let small = steps.fold(Snapshot::default(), |it, step| it.with(step.iter().cloned()));
+    assert_eq!(large.workload_count(), WORTH_A_THREAD - WORTH_A_THREAD / 8);
+    assert_eq!(small.workload_count(), large.workload_count());
+    for number in 0..WORTH_A_THREAD {
+        let Workload { uid, name, addresses, .. } = workload(number, 2);
+        let found = small.workload(&uid);
+        assert_eq!(found.is_some(), number % 8 != 0);
+        assert_eq!(large.workload(&uid), found);
+        assert_eq!(large.workload_at("n1", addresses[0]), found);
+        assert_eq!(large.workloads_of_pod("shop", &name).next(), found);
+        assert_eq!(large.workload_at("n1", workload(number, 1).addresses[0]), None);
+    }
+    for number in 0..100 {
+        let service = service(number);
+        assert_eq!(large.service(&service.key()).map(AsRef::as_ref), Some(&service));
+        assert_eq!(large.declared_count(&service), small.declared_count(&service));
+        let name = format!("s{number}.shop");
+        assert!(
+            large.members(&service).all(|it| *it.services.keys().next().unwrap().hostname == *name)
+        );
+    }
+}
+
 #[test]
 fn unhealthy_endpoints_return_with_their_health_or_policy() {
     let sick = Workload { status: Health::Unhealthy, ..endpoint("a") };

@@ -74,9 +74,15 @@ fn any_spec() -> impl Strategy<Value = PodSpec> {
     let cidr = (any::<u32>(), 0u8..=32)
         .prop_map(|(ip, length)| IpNet::new(IpAddr::from(ip.to_be_bytes()), length).unwrap());
     let ports = || vec(0u16..8, 0..4);
-    let flags = (any::<bool>(), any::<bool>());
+    let flags = any::<[bool; 3]>();
     (vec(address, 0..4), ports(), vec(cidr, 0..4), ports(), flags).prop_map(
-        |(addresses, outbound_ports, outbound_cidrs, inbound_ports, (capture_dns, beside_cni))| {
+        |(
+            addresses,
+            outbound_ports,
+            outbound_cidrs,
+            inbound_ports,
+            [capture_dns, beside_cni, by_agent],
+        )| {
             PodSpec {
                 addresses,
                 exclude_outbound_ports: outbound_ports,
@@ -84,6 +90,7 @@ fn any_spec() -> impl Strategy<Value = PodSpec> {
                 exclude_inbound_ports: inbound_ports,
                 capture_dns,
                 beside_cni,
+                by_agent,
             }
         },
     )

@@ -94,7 +94,7 @@ impl Enrolment {
                 exclude_outbound_cidrs: settings.exclude_outbound_cidrs.clone(),
                 exclude_inbound_ports: settings.exclude_inbound_ports.clone(),
                 capture_dns: self.node.dns.is_some(),
-                beside_cni: false,
+                ..PodSpec::default()
             };
             let (claim, home) = (Claim::Uid(uid.clone()), Home::Path(settings.netns.clone()));
             wanted.insert(uid, Wanted { claim, home, spec });

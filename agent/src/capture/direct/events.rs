@@ -18,6 +18,9 @@ use crate::capture::maps::take;
 /// for each connection would cost more than the connection.
 const DELAY: Duration = Duration::from_millis(100);
 
+/// How many events are read in one go.
+const AT_ONCE: usize = 1024;
+
 /// States of a TCP socket (`BPF_TCP_…`).
 const SYN_SENT: u32 = 2;
 const SYN_RECV: u32 = 3;
@@ -86,9 +89,9 @@ impl FlowEvents {
         Ok(FlowEvents { ring: Ring::Fresh(Some(take(object, EVENTS_MAP)?)), tick: None })
     }
 
-    /// The next event; it may be told up to some 100 ms late, so that many are read in one go. Safe
-    /// to cancel.
-    pub async fn next(&mut self) -> io::Result<FlowEvent> {
+    /// The next events, at least one, in their order; they may be told up to some 100 ms late, so that
+    /// many are read in one go. Safe to cancel.
+    pub async fn next(&mut self) -> io::Result<Vec<FlowEvent>> {
         if let Ring::Fresh(ring) = &mut self.ring
             && let Some(ring) = ring.take()
         {
@@ -104,10 +107,14 @@ impl FlowEvents {
             tick
         });
         loop {
-            while let Some(item) = ring.get_mut().next() {
-                if let Some(event) = parse(&item) {
-                    return Ok(event);
-                }
+            let mut events = Vec::new();
+            while events.len() < AT_ONCE
+                && let Some(item) = ring.get_mut().next()
+            {
+                events.extend(parse(&item));
+            }
+            if !events.is_empty() {
+                return Ok(events);
             }
             tokio::select! {
                 ready = ring.readable_mut() => ready?.clear_ready(),

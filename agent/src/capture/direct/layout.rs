@@ -96,6 +96,7 @@ pub fn flow_of(key: &abi::DirectKey, flow: &abi::DirectFlow) -> DirectFlow {
         destination: NetnsCookie(flow.destination),
         verdict: VerdictId(flow.verdict),
         socket: SocketCookie(flow.socket),
+        arrived: flow.arrived != 0,
         connected_at: Duration::from_nanos(flow.connected_at),
         established_at: (flow.established_at != 0)
             .then(|| Duration::from_nanos(flow.established_at)),
@@ -118,6 +119,7 @@ pub fn add(sum: DirectCounts, one: &DirectCounts) -> DirectCounts {
         admitted: sum.admitted + one.admitted,
         retracted: sum.retracted + one.retracted,
         unrecorded: sum.unrecorded + one.unrecorded,
+        astray: sum.astray + one.astray,
         events_lost: sum.events_lost + one.events_lost,
     }
 }

@@ -33,8 +33,8 @@ proptest! {
     }
 
     #[test]
-    fn pod_read_back_is_the_pod_written(v4 in 1u32.., v6 in 1u128 << 64.., flags in any::<u8>()) {
-        let is = |bit: u8| flags & bit != 0;
+    fn pod_read_back_is_the_pod_written(v4 in 1u32.., v6 in 1u128 << 64.., flags in any::<u16>()) {
+        let is = |bit: u16| flags & bit != 0;
         let entry = PodEntry {
             ipv4: is(1).then(|| v4.into()),
             ipv6: is(2).then(|| v6.into()),
@@ -44,6 +44,7 @@ proptest! {
             leaving: is(32),
             captures_dns: is(64),
             beside_cni: is(128),
+            by_agent: is(256),
         };
         prop_assert_eq!(pod_entry(pod_value(entry)), entry);
     }

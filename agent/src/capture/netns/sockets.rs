@@ -35,6 +35,10 @@ const BYTES_RECEIVED: usize = 128;
 const SENT_END: [u8; 1] = [5];
 const HAVE_END: [u8; 3] = [8, 9, 11];
 
+/// The interface that a socket is bound to: none, or `lo`, whose index is the same everywhere.
+const ANY: u32 = 0;
+const LOOPBACK: u32 = 1;
+
 /// How much a connection has carried so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Carried {
@@ -50,11 +54,16 @@ pub fn destroy(
     remote: SocketAddr,
     cookie: SocketCookie,
 ) -> io::Result<bool> {
-    match ask(&open(netns)?, DESTROY, 0, local, remote, cookie) {
-        Ok(_) => Ok(true),
-        Err(error) if is_absent(&error) => Ok(false),
-        Err(error) => Err(error),
+    let socket = open(netns)?;
+    // The programs bind what must not go on to `lo`.
+    for interface in [ANY, LOOPBACK] {
+        match ask(&socket, DESTROY, interface, local, remote, cookie) {
+            Ok(_) => return Ok(true),
+            Err(error) if is_absent(&error) => {}
+            Err(error) => return Err(error),
+        }
     }
+    Ok(false)
 }
 
 /// What connections, each with its ends and its socket, have carried; `None` of those that are gone.
@@ -64,7 +73,7 @@ pub fn carried(
 ) -> io::Result<Vec<Option<Carried>>> {
     let socket = open(netns)?;
     let read = connections.into_iter().map(|(local, remote, cookie)| {
-        match ask(&socket, BY_FAMILY, WITH_INFO, local, remote, cookie) {
+        match ask(&socket, BY_FAMILY, ANY, local, remote, cookie) {
             Ok(found) => Ok(found.and_then(|found| found.carried)),
             Err(error) if is_absent(&error) => Ok(None),
             Err(error) => Err(error),
@@ -79,7 +88,7 @@ pub fn find(
     local: SocketAddr,
     remote: SocketAddr,
 ) -> io::Result<Option<SocketCookie>> {
-    match ask(&open(netns)?, BY_FAMILY, 0, local, remote, NO_COOKIE) {
+    match ask(&open(netns)?, BY_FAMILY, ANY, local, remote, NO_COOKIE) {
         Ok(Some(found)) if found.state != LISTEN => Ok(Some(found.cookie)),
         Ok(_) => Ok(None),
         Err(error) if is_absent(&error) => Ok(None),
@@ -92,7 +101,7 @@ pub fn find(
 pub fn can_destroy(listener: &std::net::TcpListener, cookie: SocketCookie) -> io::Result<bool> {
     let local = listener.local_addr()?;
     let remote = SocketAddr::from(([0, 0, 0, 0], 0));
-    match ask(&socket()?, DESTROY, 0, local, remote, cookie) {
+    match ask(&socket()?, DESTROY, ANY, local, remote, cookie) {
         Ok(_) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(false),
         Err(error) if is_absent(&error) => Ok(false),
@@ -118,7 +127,7 @@ fn socket() -> io::Result<Socket> {
 struct Found {
     state: u8,
     cookie: SocketCookie,
-    /// `None` where it was not asked for.
+    /// `None` where the kernel did not tell.
     carried: Option<Carried>,
 }
 
@@ -126,12 +135,12 @@ struct Found {
 fn ask(
     socket: &Socket,
     kind: u16,
-    extensions: u8,
+    interface: u32,
     local: SocketAddr,
     remote: SocketAddr,
     cookie: SocketCookie,
 ) -> io::Result<Option<Found>> {
-    socket.send(&request(kind, extensions, local, remote, cookie))?;
+    socket.send(&request(kind, interface, local, remote, cookie))?;
     let mut buffer = [0; 4096];
     let mut found = None;
     loop {
@@ -150,7 +159,7 @@ fn ask(
 /// `nlmsghdr`, then `inet_diag_req_v2` with its `inet_diag_sockid`.
 fn request(
     kind: u16,
-    extensions: u8,
+    interface: u32,
     local: SocketAddr,
     remote: SocketAddr,
     cookie: SocketCookie,
@@ -162,13 +171,13 @@ fn request(
     message.extend(kind.to_ne_bytes());
     message.extend(flags.to_ne_bytes());
     message.extend([0; 8]);
-    message.extend([family as u8, libc::IPPROTO_TCP as u8, extensions, 0]);
+    message.extend([family as u8, libc::IPPROTO_TCP as u8, WITH_INFO, 0]);
     message.extend(u32::MAX.to_ne_bytes());
     message.extend(local.port().to_be_bytes());
     message.extend(remote.port().to_be_bytes());
     message.extend(words(local.ip()));
     message.extend(words(remote.ip()));
-    message.extend(0u32.to_ne_bytes());
+    message.extend(interface.to_ne_bytes());
     message.extend((cookie.0 as u32).to_ne_bytes());
     message.extend(((cookie.0 >> 32) as u32).to_ne_bytes());
     let length = message.len() as u32;

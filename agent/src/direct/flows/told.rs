@@ -14,7 +14,7 @@ use crate::capture::direct::DirectFlow;
 use crate::connections::{Direction, Guard, LiveConnection, Protocol};
 use crate::direct::{Direct, LocalPod};
 use crate::node::Node;
-use crate::telemetry::{ConnectionContext, OpenConnection, Reporter};
+use crate::telemetry::{ByteCounters, ConnectionContext, OpenConnection, Reporter};
 
 /// The ends of a connection, as they are told of.
 pub(super) struct Told {
@@ -24,7 +24,7 @@ pub(super) struct Told {
     addressed: Option<Arc<Service>>,
     /// The service that the destination takes it to be for.
     service: Option<Arc<Service>>,
-    connection: Connection,
+    pub connection: Connection,
     /// The agent has accepted it in the destination's place, and tells of it there.
     pub handed: bool,
 }
@@ -91,33 +91,42 @@ impl Told {
         Some(Told { source, destination, addressed, service, connection, handed })
     }
 
-    pub fn open(
+    /// Counts it as opened, at one end.
+    pub fn open(&self, node: &Node, flow: &DirectFlow, reporter: Reporter) -> OpenConnection {
+        let service = match reporter {
+            Reporter::Source => &self.addressed,
+            Reporter::Destination => &self.service,
+        };
+        node.telemetry.open(ConnectionContext {
+            reporter,
+            source: Some(self.source.1.clone()),
+            source_identity: Some(self.source.1.identity()),
+            baggage: None,
+            destination: Some(self.destination.1.clone()),
+            destination_identity: Some(self.destination.1.identity()),
+            service: service.clone(),
+            src: flow.client,
+            dst: flow.server,
+            hbone_addr: None,
+            mutual_tls: true,
+        })
+    }
+
+    /// Adds it to the live connections, at one end.
+    pub fn register(
         &self,
         node: &Node,
         flow: &DirectFlow,
         reporter: Reporter,
-    ) -> (OpenConnection, Guard) {
-        let identities = (self.source.1.identity(), self.destination.1.identity());
+        counters: Arc<ByteCounters>,
+    ) -> Guard {
         let (direction, end, connection, service) = match reporter {
             Reporter::Source => (Direction::Outbound, &self.source, None, &self.addressed),
             Reporter::Destination => {
                 (Direction::Inbound, &self.destination, Some(&self.connection), &self.service)
             }
         };
-        let open = node.telemetry.open(ConnectionContext {
-            reporter,
-            source: Some(self.source.1.clone()),
-            source_identity: Some(identities.0.clone()),
-            baggage: None,
-            destination: Some(self.destination.1.clone()),
-            destination_identity: Some(identities.1.clone()),
-            service: service.clone(),
-            src: flow.client,
-            dst: flow.server,
-            hbone_addr: None,
-            mutual_tls: true,
-        });
-        let guard = node.connections.register(LiveConnection {
+        node.connections.register(LiveConnection {
             direction,
             protocol: Protocol::Direct,
             src: flow.client,
@@ -126,11 +135,10 @@ impl Told {
             pod: end.0.uid.clone(),
             workload: end.1.uid.clone(),
             connection: connection.cloned(),
-            source_identity: Some(identities.0),
-            destination_identity: Some(identities.1),
+            source_identity: Some(self.source.1.identity()),
+            destination_identity: Some(self.destination.1.identity()),
             service: service.as_ref().map(|service| service.hostname.clone()),
-            counters: open.counters(),
-        });
-        (open, guard)
+            counters,
+        })
     }
 }

@@ -17,6 +17,7 @@ fn meter() -> (Meter, Arc<ByteCounters>) {
         destination: NetnsCookie(2),
         verdict: VerdictId(1),
         socket: SocketCookie(1),
+        arrived: true,
         connected_at: Duration::ZERO,
         established_at: None,
     };

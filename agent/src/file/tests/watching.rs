@@ -33,9 +33,17 @@ async fn update(source: &mut FileSource) -> FileUpdate {
 
 async fn changed(source: &mut FileSource) -> MeshFile {
     match update(source).await {
-        FileUpdate::Changed(file) => file,
+        FileUpdate::Changed(file) => {
+            taken_over(source).await;
+            file
+        }
         FileUpdate::Rejected(error) => panic!("refused: {error}"),
     }
+}
+
+/// Asks for the next version, and does not wait for it.
+async fn taken_over(source: &mut FileSource) {
+    assert!(timeout(Duration::ZERO, source.next()).await.is_err());
 }
 
 async fn rejected(source: &mut FileSource) -> FileError {
@@ -168,6 +176,19 @@ async fn edit_that_is_taken_back_clears_the_error() {
     fs::write(&path, EXAMPLE).unwrap();
     assert!(changed(&mut source).await.changes.is_empty());
     assert!(status.borrow().error.is_none());
+}
+
+#[tokio::test]
+async fn version_counts_as_loaded_when_the_next_is_asked_for() {
+    let directory = TempDir::new().unwrap();
+    let path = mesh_file(&directory);
+    let mut source = open(&path).await;
+    let status = source.status();
+    fs::write(&path, with_capacity(3)).unwrap();
+    assert!(matches!(update(&mut source).await, FileUpdate::Changed(_)));
+    assert_eq!(status.borrow().loads, 1);
+    taken_over(&mut source).await;
+    assert_eq!(status.borrow().loads, 2);
 }
 
 #[tokio::test]

@@ -9,6 +9,7 @@ use culvert_core::service::{BalanceMode, HealthPolicy, IpFamilies, Scope, Visibi
 use culvert_core::workload::{
     ApplicationTunnelProtocol, GatewayDestination, Health, NetworkMode, TunnelProtocol,
 };
+use culvert_proto::istio::workload as proto;
 use proto::address::Type;
 
 use super::*;
@@ -56,6 +57,33 @@ fn by_name(namespace: &str, hostname: &str, hbone_mtls_port: u32) -> proto::Gate
 fn by_address(address: &[u8]) -> proto::GatewayAddress {
     let destination = Some(proto::gateway_address::Destination::Address(vip(address, None)));
     proto::GatewayAddress { destination, hbone_mtls_port: 15008 }
+}
+
+#[test]
+fn what_is_no_text_rejects_the_workload() {
+    let bad = || Bytes::from_static(b"w\xff");
+    let named = || raw::Workload { uid: Bytes::from_static(b"u"), ..Default::default() };
+    let region = raw::Locality { region: bad(), ..Default::default() };
+    for (field, workload) in [
+        ("uid", raw::Workload { uid: bad(), ..named() }),
+        ("node", raw::Workload { node: bad(), ..named() }),
+        (
+            "authorization_policies",
+            raw::Workload { authorization_policies: vec![bad()], ..named() },
+        ),
+        (
+            "services",
+            raw::Workload {
+                services: vec![raw::Membership { service: bad(), ports: None }],
+                ..named()
+            },
+        ),
+        ("locality", raw::Workload { locality: Some(region), ..named() }),
+    ] {
+        let address = raw::Address { r#type: Some(raw::Type::Workload(workload)) };
+        let rejection = Decoder::default().address(address.encode_to_vec().into()).unwrap_err();
+        assert_eq!(rejection.to_string(), format!("{field}: w\u{fffd} is not UTF-8"));
+    }
 }
 
 #[test]

@@ -2,64 +2,71 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use culvert_core::addr::NamespacedHostname;
 use culvert_core::intern::Interner;
 use culvert_core::workload::{
-    ApplicationTunnel, ApplicationTunnelProtocol, Health, Locality, NetworkMode, PortMap,
-    TunnelProtocol, Workload,
+    ApplicationTunnel, ApplicationTunnelProtocol, Health, Locality, Memberships, NetworkMode,
+    PortMap, TunnelProtocol, Workload,
 };
 use culvert_proto::istio::workload as proto;
 
-use super::{Rejection, fields};
+use super::super::wire::text;
+use super::{Rejection, fields, raw};
 
 /// What an empty field stands for.
-const DEFAULT_TRUST_DOMAIN: &str = "cluster.local";
-const DEFAULT_SERVICE_ACCOUNT: &str = "default";
-const DEFAULT_CLUSTER: &str = "Kubernetes";
+static DEFAULT_TRUST_DOMAIN: Bytes = Bytes::from_static(b"cluster.local");
+static DEFAULT_SERVICE_ACCOUNT: Bytes = Bytes::from_static(b"default");
+static DEFAULT_CLUSTER: Bytes = Bytes::from_static(b"Kubernetes");
 
-pub(super) fn decode(raw: proto::Workload, texts: &mut Interner) -> Result<Workload, Rejection> {
+pub(super) fn decode(raw: raw::Workload, texts: &mut Interner) -> Result<Workload, Rejection> {
     if raw.uid.is_empty() {
         return Err(Rejection::Missing("uid"));
     }
-    let address = |bytes: &Vec<u8>| fields::address("addresses", bytes);
+    let address = |bytes: &Bytes| fields::address("addresses", bytes);
     let addresses = raw.addresses.iter().map(|bytes| address(bytes).map(|ip| ip.to_canonical()));
     let gateway = |field, raw: Option<proto::GatewayAddress>, texts: &mut Interner| {
         raw.map(|raw| fields::gateway(field, raw, texts)).transpose()
     };
-    let policies = raw.authorization_policies.iter().map(|name| texts.text(name));
+    let mut known = |field, bytes: &Bytes| text(field, bytes).map(|text| texts.text(text));
+    let policies = raw.authorization_policies.iter();
+    let policies = policies.map(|name| known("authorization_policies", name));
     Ok(Workload {
-        authorization_policies: policies.collect(),
+        authorization_policies: policies.collect::<Result<_, _>>()?,
         addresses: addresses.collect::<Result<_, _>>()?,
         // The key of the name's version too, and therefore not interned.
-        uid: raw.uid.into(),
-        name: raw.name.into(),
-        namespace: texts.text(&raw.namespace),
-        trust_domain: or_default(&raw.trust_domain, DEFAULT_TRUST_DOMAIN, texts),
-        service_account: or_default(&raw.service_account, DEFAULT_SERVICE_ACCOUNT, texts),
-        hostname: texts.text(&raw.hostname),
-        network: texts.text(&raw.network),
+        uid: text("uid", &raw.uid)?.into(),
+        name: text("name", &raw.name)?.into(),
+        namespace: known("namespace", &raw.namespace)?,
+        trust_domain: known("trust_domain", or(&raw.trust_domain, &DEFAULT_TRUST_DOMAIN))?,
+        service_account: known(
+            "service_account",
+            or(&raw.service_account, &DEFAULT_SERVICE_ACCOUNT),
+        )?,
+        hostname: known("hostname", &raw.hostname)?,
+        network: known("network", &raw.network)?,
         tunnel_protocol: tunnel_protocol(raw.tunnel_protocol)?,
         network_mode: network_mode(raw.network_mode)?,
-        waypoint: gateway("waypoint", raw.waypoint, texts)?,
-        network_gateway: gateway("network_gateway", raw.network_gateway, texts)?,
-        node: texts.text(&raw.node),
-        cluster_id: or_default(&raw.cluster_id, DEFAULT_CLUSTER, texts),
-        locality: locality(&raw.locality.unwrap_or_default(), texts),
+        node: known("node", &raw.node)?,
+        cluster_id: known("cluster_id", or(&raw.cluster_id, &DEFAULT_CLUSTER))?,
         native_tunnel: raw.native_tunnel,
         application_tunnel: raw.application_tunnel.map(application_tunnel).transpose()?,
-        services: services(raw.services, texts)?,
         status: status(raw.status)?,
         capacity: raw.capacity.unwrap_or(1),
-        workload_name: texts.text(&raw.workload_name),
+        workload_name: known("workload_name", &raw.workload_name)?,
+        canonical_name: known("canonical_name", &raw.canonical_name)?,
+        canonical_revision: known("canonical_revision", &raw.canonical_revision)?,
+        waypoint: gateway("waypoint", raw.waypoint, texts)?,
+        network_gateway: gateway("network_gateway", raw.network_gateway, texts)?,
+        locality: locality(&raw.locality.unwrap_or_default(), texts)?,
+        services: services(raw.services, texts)?,
         workload_type: texts.text(workload_type(raw.workload_type)),
-        canonical_name: texts.text(&raw.canonical_name),
-        canonical_revision: texts.text(&raw.canonical_revision),
         // `extensions` are absent: they are for other consumers of the resource.
     })
 }
 
-fn or_default(text: &str, default: &str, texts: &mut Interner) -> Arc<str> {
-    texts.text(if text.is_empty() { default } else { text })
+fn or<'a>(given: &'a Bytes, default: &'a Bytes) -> &'a Bytes {
+    if given.is_empty() { default } else { given }
 }
 
 fn tunnel_protocol(number: i32) -> Result<TunnelProtocol, Rejection> {
@@ -99,10 +106,14 @@ fn workload_type(number: i32) -> &'static str {
     }
 }
 
-fn locality(raw: &proto::Locality, texts: &mut Interner) -> Arc<Locality> {
-    let (region, zone) = (texts.text(&raw.region), texts.text(&raw.zone));
-    let subzone = texts.text(&raw.subzone);
-    texts.locality(Locality { region, zone, subzone })
+fn locality(raw: &raw::Locality, texts: &mut Interner) -> Result<Arc<Locality>, Rejection> {
+    let mut known = |bytes: &Bytes| text("locality", bytes).map(|text| texts.text(text));
+    let locality = Locality {
+        region: known(&raw.region)?,
+        zone: known(&raw.zone)?,
+        subzone: known(&raw.subzone)?,
+    };
+    Ok(texts.locality(locality))
 }
 
 fn application_tunnel(raw: proto::ApplicationTunnel) -> Result<ApplicationTunnel, Rejection> {
@@ -119,17 +130,16 @@ fn application_tunnel(raw: proto::ApplicationTunnel) -> Result<ApplicationTunnel
     Ok(ApplicationTunnel { protocol, port })
 }
 
-fn services(
-    raw: std::collections::BTreeMap<String, proto::PortList>,
-    texts: &mut Interner,
-) -> Result<culvert_core::workload::Memberships, Rejection> {
+fn services(raw: Vec<raw::Membership>, texts: &mut Interner) -> Result<Memberships, Rejection> {
     let mut services: Vec<(NamespacedHostname, PortMap)> = Vec::with_capacity(raw.len());
-    for (key, list) in raw {
+    for raw::Membership { service, ports } in raw {
+        let key = text("services", &service)?;
         let Some((namespace, hostname)) = key.split_once('/') else {
             return Err(Rejection::invalid("services", key, "is not namespace/hostname"));
         };
-        let ports = texts.ports(fields::ports(list.ports));
+        let ports = texts.ports(fields::ports(ports.unwrap_or_default().ports));
         services.push((texts.hostname(namespace, hostname), ports));
     }
+    // Of several of one name the last counts, as in any map of the protocol.
     Ok(texts.memberships(services.into_iter().collect()))
 }

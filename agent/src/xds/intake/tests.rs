@@ -7,10 +7,11 @@ use culvert_proto::envoy::config::core::v3::Node;
 use culvert_proto::istio::security::Authorization;
 use culvert_proto::istio::workload as proto;
 use proptest::prelude::*;
+use prost::Message;
 
 use super::super::frames::Part;
 use super::super::session::Subscription;
-use super::super::wire::Payload;
+use super::super::wire::{Payload, Resource};
 use super::*;
 
 fn intake() -> Intake {
@@ -18,11 +19,11 @@ fn intake() -> Intake {
 }
 
 fn resource(kind: Kind, name: &str, version: &str, value: Vec<u8>) -> Bytes {
-    let payload = Payload { type_url: kind.url().to_owned(), value: value.into() };
+    let payload = Payload { type_url: kind.url().into(), value: value.into() };
     let resource = Resource {
-        version: version.to_owned(),
+        version: version.to_owned().into(),
         payload: Some(payload),
-        name: name.to_owned(),
+        name: name.to_owned().into(),
         aliases: Vec::new(),
     };
     resource.encode_to_vec().into()
@@ -69,20 +70,23 @@ fn response(kind: Kind, resources: Vec<Bytes>, removed: &[&str]) -> Response {
 /// Applies a response to a snapshot as the agent does.
 fn apply(intake: &mut Intake, snapshot: &mut Snapshot, response: Response) -> Outcome {
     let needs = Needs::new(false);
-    intake.take(response, &needs, |changes| *snapshot = snapshot.with(changes))
+    let mut reader = Reader::default();
+    intake.take(response, &mut reader, &needs, |changes| *snapshot = snapshot.with(changes))
 }
 
 /// Applies parts of a response that come in these groups, and then no more.
 fn arrive(intake: &mut Intake, snapshot: &mut Snapshot, groups: Vec<Vec<Part>>) -> Option<Outcome> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let (sender, parts) = tokio::sync::mpsc::channel(groups.len().max(1));
+    let (sender, pieces) = tokio::sync::mpsc::channel(groups.len().max(1));
+    let mut reader = Reader::default();
     for group in groups {
+        let group = group.into_iter().filter_map(|part| reader.piece(part)).collect();
         sender.try_send(group).unwrap();
     }
     drop(sender);
-    let arriving = Arriving::new(runtime.handle().clone(), parts);
+    let arriving = Arriving::new(runtime.handle().clone(), pieces);
     let publish = |changes: &mut dyn Iterator<Item = _>| *snapshot = snapshot.with(changes);
-    intake.take_arriving(arriving, &Needs::new(false), publish)
+    intake.take_arriving(arriving, 1000, &Needs::new(false), publish)
 }
 
 fn grouped(response: Response, size: usize) -> Vec<Vec<Part>> {
@@ -206,10 +210,15 @@ fn an_empty_response_is_published_and_acked() {
     let mut intake = intake();
     let mut published = 0;
     let needs = Needs::new(false);
-    let outcome = intake.take(response(Kind::Authorization, Vec::new(), &[]), &needs, |changes| {
-        published += 1;
-        assert_eq!(changes.count(), 0);
-    });
+    let outcome = intake.take(
+        response(Kind::Authorization, Vec::new(), &[]),
+        &mut Reader::default(),
+        &needs,
+        |changes| {
+            published += 1;
+            assert_eq!(changes.count(), 0);
+        },
+    );
     assert_eq!((published, outcome.answer.error_detail), (1, None));
 }
 
@@ -219,7 +228,8 @@ fn an_unknown_type_is_ignored_and_acked() {
     let mut response = response(Kind::Address, vec![Bytes::from_static(b"?")], &["x"]);
     response.type_url = "type.googleapis.com/other".to_owned();
     let needs = Needs::new(false);
-    let outcome = intake.take(response, &needs, |_| panic!("nothing to publish"));
+    let outcome =
+        intake.take(response, &mut Reader::default(), &needs, |_| panic!("nothing to publish"));
     assert_eq!(outcome.answer.type_url, "type.googleapis.com/other");
     assert!(outcome.answer.error_detail.is_none());
 }

@@ -18,10 +18,10 @@ fn store(directory: &TempDir) -> Store {
 
 fn content() -> Content {
     let mut content = Content::default();
-    content.put(Item::Workload, "a/x".into(), Version::new("1f"), b"workload");
-    content.put(Item::Service, "a/x".into(), Version::new("v2"), b"service");
-    content.put(Item::Policy, "a/p".into(), Version::new(""), b"");
-    content.put(Item::Policy, "a/q".into(), Version::new(""), b"gone");
+    content.put(Item::Workload, "a/x".into(), Version::new("1f"), Bytes::from_static(b"workload"));
+    content.put(Item::Service, "a/x".into(), Version::new("v2"), Bytes::from_static(b"service"));
+    content.put(Item::Policy, "a/p".into(), Version::new(""), Bytes::new());
+    content.put(Item::Policy, "a/q".into(), Version::new(""), Bytes::from_static(b"gone"));
     content.remove(Some(Item::Policy), "a/q");
     content.remove(None, "a/p");
     content

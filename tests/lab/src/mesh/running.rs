@@ -115,6 +115,18 @@ impl Running {
         self.lab.remove_pod(&pod)
     }
 
+    /// Removes a pod, and puts another one with its addresses into its place: in the lab first, as
+    /// agents hear of it later.
+    pub fn replace_pod(&mut self, gone: &str, spec: PodSpec) -> Result<()> {
+        let at = self.pods.iter().position(|pod| pod.name() == gone);
+        let at = at.with_context(|| format!("the mesh has no pod {gone}"))?;
+        self.pods[at] = self.lab.replace_pod(&self.pods[at], &spec.name)?;
+        let node = self.pods[at].node().to_owned();
+        self.mesh.pods.retain(|spec| spec.name != gone);
+        self.mesh.pods.push(PodSpec { node, ..spec });
+        self.take_effect()
+    }
+
     /// Starts the agent of a node and waits until it is ready.
     pub fn agent(&self, node: &str, binary: &Path) -> Result<Agent> {
         self.agent_with(node, &AgentOptions::new(binary, &self.config()))

@@ -199,7 +199,13 @@ async fn http(
         let request = request.body(Full::<Bytes>::default()).map_err(Failure::wrong)?;
         let response = match sender.send_request(request).await {
             Ok(response) => response,
-            Err(error) if error.is_canceled() => return Err(ended(connection).await),
+            // How the connection failed is told with the request that it met, or by itself.
+            Err(error) if error.is_canceled() => {
+                return Err(match Failure::of_connection(&error) {
+                    Some(failure) => failure,
+                    None => ended(connection).await,
+                });
+            }
             Err(error) => return Err(Failure::http(&error)),
         };
         let status = response.status();

@@ -46,15 +46,20 @@ impl Failure {
 
     /// What an HTTP exchange failed with: the error of its connection, if there was one.
     pub fn http(error: &hyper::Error) -> Self {
+        let kind = if error.is_incomplete_message() { Kind::Cut } else { Kind::Other };
+        Self::of_connection(error).unwrap_or_else(|| Self::new(kind, error))
+    }
+
+    /// The error of the connection that an HTTP exchange failed with.
+    pub fn of_connection(error: &hyper::Error) -> Option<Self> {
         let mut source = std::error::Error::source(error);
         while let Some(cause) = source {
             if let Some(io) = cause.downcast_ref::<io::Error>() {
-                return Self::from_io(io);
+                return Some(Self::from_io(io));
             }
             source = cause.source();
         }
-        let kind = if error.is_incomplete_message() { Kind::Cut } else { Kind::Other };
-        Self::new(kind, error)
+        None
     }
 
     fn from_io(error: &io::Error) -> Self {

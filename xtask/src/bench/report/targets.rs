@@ -61,7 +61,7 @@ const TARGETS: [(&str, &str, By, Bound); 19] = [
     ("cross", "connections-64", Ratio, AtLeast(0.5)),
     ("cross", "agent-cpu-per-10k-requests-64", Value, AtMost(0.27)),
     ("cross", "memory-fresh", Value, AtMost(12.0)),
-    ("cross", "memory-10k-idle", Value, AtMost(40.0)),
+    ("cross", "memory-idle", Value, AtMost(40.0)),
     ("same", "p99-beside-connections-flood", Ratio, AtMost(1.2)),
     ("same", "p99-beside-bytes-flood", Ratio, AtMost(1.2)),
     ("cross", "p99-beside-connections-flood", Ratio, AtMost(1.2)),

@@ -26,6 +26,14 @@ fn the_core_imports_upwards_only() {
 fn the_core_does_not_reach_for_the_world() {
     let rules = rules_of(&[ROOT, ("agent/core/src/addr.rs", "fn f() { std::fs::read(\"x\"); }")]);
     assert_eq!(rules, ["agent/core/src/addr.rs:1: the core decides without the world: no std::fs"]);
+    for (text, expected) in [
+        ("fn f() { std::thread::scope(|_| ()); }", 0),
+        ("fn f() { std::thread::sleep(T); }", 1),
+        ("use std::thread;", 1),
+    ] {
+        let rules = rules_of(&[ROOT, ("agent/core/src/addr.rs", text)]);
+        assert_eq!(rules.len(), expected, "{text}");
+    }
 }
 
 #[test]

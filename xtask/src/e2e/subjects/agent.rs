@@ -178,15 +178,15 @@ fn killed(town: &Town) -> Result<Verdict> {
 
 fn upgraded(town: &Town) -> Result<Verdict> {
     let namespace = town.agents.namespace.clone();
-    let mut sets: Vec<(String, String)> = Vec::new();
+    let mut sets: Vec<(String, String, Kind)> = Vec::new();
     for agent in town.agents.all()? {
-        let set = (format!("daemonset/{}", agent.set), agent.container);
+        let set = (format!("daemonset/{}", agent.set), agent.container, agent.kind);
         if !sets.contains(&set) {
             sets.push(set);
         }
     }
     let told = under_load(town, &[0, 1], || {
-        for (set, container) in &sets {
+        for (set, container, kind) in &sets {
             let now = town.kubectl.json(&["get", set, "-n", &namespace])?;
             let containers =
                 now["spec"]["template"]["spec"]["containers"].as_array().into_iter().flatten();
@@ -207,7 +207,8 @@ fn upgraded(town: &Town) -> Result<Verdict> {
                     .map(drop)
             };
             match &town.options.upgrade {
-                Some(new) => {
+                // The image is one of Culvert.
+                Some(new) if *kind == Kind::Culvert => {
                     let back = format!("{container}={image}");
                     let step = town.undo.remember(&["set", "image", set, "-n", &namespace, &back]);
                     let done = roll(new);
@@ -215,7 +216,7 @@ fn upgraded(town: &Town) -> Result<Verdict> {
                     let back = roll(image);
                     done.and(back)?;
                 }
-                None => same(image)?,
+                Some(_) | None => same(image)?,
             }
         }
         Ok(())
