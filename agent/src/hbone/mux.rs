@@ -124,6 +124,8 @@ pub(super) struct State {
     padding: u32,
     /// DATA frames in a row that carry nothing.
     empty: usize,
+    /// Streams that were reset for what the peer did on them.
+    faulty: usize,
     leaving: Leaving,
     ping: PingState,
     pub(super) failure: Option<ConnectionError>,
@@ -202,6 +204,7 @@ impl Mux {
             withdrawn: 0,
             padding: 0,
             empty: 0,
+            faulty: 0,
             leaving: Leaving::No,
             ping: PingState::default(),
             failure: None,

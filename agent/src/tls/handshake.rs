@@ -23,6 +23,8 @@ pub(super) struct Finished {
     pub(super) chain: Vec<CertificateDer<'static>>,
     /// What came behind the handshake, still encrypted.
     pub(super) rest: Vec<u8>,
+    /// The peer is the server, which may send tickets.
+    pub(super) tickets: bool,
 }
 
 /// Gives the keys that follow (RFC 8446 section 7.2).
@@ -62,6 +64,7 @@ where
 
 /// One role of the TLS library's handshake.
 trait Role {
+    const TICKETS: bool;
     type Data: 'static;
     fn process<'c, 'i>(&'c mut self, bytes: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data>;
     fn common(&self) -> &CommonState;
@@ -69,6 +72,7 @@ trait Role {
 }
 
 impl Role for UnbufferedClientConnection {
+    const TICKETS: bool = true;
     type Data = ClientConnectionData;
 
     fn process<'c, 'i>(&'c mut self, bytes: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
@@ -86,6 +90,7 @@ impl Role for UnbufferedClientConnection {
 }
 
 impl Role for UnbufferedServerConnection {
+    const TICKETS: bool = false;
     type Data = ServerConnectionData;
 
     fn process<'c, 'i>(&'c mut self, bytes: &'i mut [u8]) -> UnbufferedStatus<'c, 'i, Self::Data> {
@@ -168,7 +173,7 @@ where
     let chain = chain.iter().map(|certificate| certificate.clone().into_owned()).collect();
     let (secrets, keys) = session.finish().map_err(failure)?;
     let rest = incoming.bytes.split_off(incoming.shown);
-    Ok(Finished { secrets, keys, chain, rest })
+    Ok(Finished { secrets, keys, chain, rest, tickets: R::TICKETS })
 }
 
 fn step<R: Role>(session: &mut R, incoming: &mut Incoming, outgoing: &mut Vec<u8>) -> Next {

@@ -103,12 +103,13 @@ impl RecordKey {
         self.key
             .open_separate_gather(nonce, Aad::from(sealed.header), sealed.body, sealed.tag, plain)
             .map_err(|_| RecordError::Decrypt)?;
-        // Zeros behind the type are padding (RFC 8446 section 5.4).
+        // With its type and padding (RFC 8446 section 5.4).
+        if plain.len() > CONTENT + 1 {
+            return Err(RecordError::Length(plain.len()));
+        }
+        // Zeros behind the type are padding.
         let end = plain.iter().rposition(|byte| *byte != 0).ok_or(RecordError::NoContent)?;
         let kind = plain.get(end).copied().ok_or(RecordError::NoContent)?;
-        if end > CONTENT {
-            return Err(RecordError::Length(end));
-        }
         Ok((kind, end))
     }
 

@@ -87,6 +87,8 @@ pub struct TlsStream<S = TcpStream> {
     io: S,
     keys: Box<dyn KeySchedule>,
     chain: Vec<CertificateDer<'static>>,
+    /// The peer is the server, which may send tickets.
+    tickets: bool,
     receiving: Receiving,
     sending: Sending,
 }
@@ -159,7 +161,7 @@ impl<S> TlsStream<S> {
     }
 
     fn new(finished: Finished, io: S) -> Result<Self, RecordError> {
-        let Finished { secrets, keys, chain, rest } = finished;
+        let Finished { secrets, keys, chain, rest, tickets } = finished;
         let ExtractedSecrets { tx, rx } = secrets;
         let mut incoming = Block::default();
         let room = incoming.room(rest.len());
@@ -182,11 +184,11 @@ impl<S> TlsStream<S> {
             closed: false,
             records_per_key: RECORDS_PER_KEY,
         };
-        Ok(Self { io, keys, chain, receiving, sending })
+        Ok(Self { io, keys, chain, tickets, receiving, sending })
     }
 
     /// The peer's certificates, leaf first.
-    pub(super) fn peer_certificates(&self) -> &[CertificateDer<'static>] {
+    pub fn peer_certificates(&self) -> &[CertificateDer<'static>] {
         &self.chain
     }
 }
@@ -259,7 +261,8 @@ impl<S> TlsStream<S> {
             }
             let Some((body, after)) = body.split_at_checked(length) else { break };
             match (*kind, body) {
-                (NEW_SESSION_TICKET, _) => {}
+                // Only servers have any (RFC 8446 section 4.6.1).
+                (NEW_SESSION_TICKET, _) if self.tickets => {}
                 // Its key changes with the record that follows.
                 (KEY_UPDATE, [wanted @ (0 | 1)]) if after.is_empty() => {
                     let secrets = self.keys.next_receiving().map_err(StreamFault::Keys)?;
@@ -386,7 +389,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<S> {
                     this.receiving.end = Some(End::Failed(Some(fault)));
                 }
                 Ok(Opened::NoRoom | Opened::Nothing) => {
-                    if this.sending.update && this.sending.has_room(0) {
+                    let Sending { update, closed, .. } = this.sending;
+                    if update && !closed && this.sending.has_room(0) {
                         this.update_key()?;
                         let _sent_later = this.poll_send(cx)?;
                     }

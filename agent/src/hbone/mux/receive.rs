@@ -115,7 +115,7 @@ impl State {
         self.note_content(head, payload)?;
         let mut consumed = length;
         if let Some(reason) = self.unwanted(head.stream) {
-            self.reset(head.stream, reason);
+            self.punish(head.stream, reason)?;
         }
         let is_receiving = self.streams.get(head.stream).is_some_and(Stream::is_receiving);
         if let Some(stream) = self.streams.get_mut(head.stream).filter(|_| is_receiving) {
@@ -237,20 +237,14 @@ impl State {
             .map_err(|_| fault(Reason::COMPRESSION_ERROR, "header block cannot be decoded"))?;
         match self.role {
             Role::Server if block.stream > self.last => self.requested(&block, fields),
-            Role::Client if self.has_been(block.stream) => {
-                self.answered(&block, fields);
-                Ok(())
-            }
-            Role::Server if self.has_been(block.stream) => {
-                self.trailers(&block, &fields);
-                Ok(())
-            }
+            Role::Client if self.has_been(block.stream) => self.answered(&block, fields),
+            Role::Server if self.has_been(block.stream) => self.trailers(&block, &fields),
             Role::Client | Role::Server => Err(protocol("headers on a stream of no kind")),
         }
     }
 
     fn requested(&mut self, block: &Block, fields: Fields) -> Done {
-        if block.stream % 2 == 0 {
+        if block.stream.is_multiple_of(2) {
             return Err(protocol("request on an even stream"));
         }
         // After our last word on it, new streams are not acted on (RFC 9113 section 6.8).
@@ -264,8 +258,12 @@ impl State {
         }
         let Ok(arrived) = fields.request(block.stream) else {
             self.out.reset(block.stream, Reason::PROTOCOL_ERROR);
-            return Ok(());
+            return self.note_fault();
         };
+        // Open ones, and those that have ended before anybody took them.
+        if self.arrived.len() > 2 * self.local.max_streams as usize {
+            return Err(fault(Reason::ENHANCE_YOUR_CALM, "requests end at once"));
+        }
         let stream = Stream::new(self.send_initial, self.first_window());
         self.streams.insert(block.stream, stream);
         if block.end_stream {
@@ -275,8 +273,8 @@ impl State {
         Ok(())
     }
 
-    fn answered(&mut self, block: &Block, fields: Fields) {
-        let Some(stream) = self.streams.get_mut(block.stream) else { return };
+    fn answered(&mut self, block: &Block, fields: Fields) -> Done {
+        let Some(stream) = self.streams.get_mut(block.stream) else { return Ok(()) };
         if stream.is_answered() {
             return self.trailers(block, &fields);
         }
@@ -289,18 +287,20 @@ impl State {
                     self.end_receiving(block.stream);
                 }
             }
-            Err(_) => self.reset(block.stream, Reason::PROTOCOL_ERROR),
+            Err(_) => self.punish(block.stream, Reason::PROTOCOL_ERROR)?,
         }
         self.peer.note_answer();
+        Ok(())
     }
 
     /// Whatever trailers say, they end the stream.
-    fn trailers(&mut self, block: &Block, fields: &Fields) {
+    fn trailers(&mut self, block: &Block, fields: &Fields) -> Done {
         if !block.end_stream || fields.is_malformed() {
-            self.reset(block.stream, Reason::PROTOCOL_ERROR);
+            self.punish(block.stream, Reason::PROTOCOL_ERROR)?;
         } else if self.streams.get(block.stream).is_some_and(Stream::is_receiving) {
             self.end_receiving(block.stream);
         }
+        Ok(())
     }
 
     fn peer_reset(&mut self, head: Head, payload: &[u8]) -> Done {
@@ -345,10 +345,10 @@ impl State {
             let [n0, n1, v0, v1, v2, v3] = *entry else { continue };
             let value = u32::from_be_bytes([v0, v1, v2, v3]);
             match u16::from_be_bytes([n0, n1]) {
-                setting::INITIAL_WINDOW_SIZE => {
-                    self.change_initial_window(value)?;
-                    window = Some(value);
+                setting::INITIAL_WINDOW_SIZE if i64::from(value) > MAX_WINDOW => {
+                    return Err(fault(Reason::FLOW_CONTROL_ERROR, "initial window"));
                 }
+                setting::INITIAL_WINDOW_SIZE => window = Some(value),
                 setting::MAX_CONCURRENT_STREAMS => streams = Some(value),
                 setting::MAX_FRAME_SIZE if (1 << 14..1 << 24).contains(&value) => {
                     self.send_frame = value;
@@ -362,6 +362,10 @@ impl State {
                 // What we send is short. Unknown settings are passed over.
                 _ => {}
             }
+        }
+        // Once, however often they say it.
+        if let Some(window) = window {
+            self.change_initial_window(window.into())?;
         }
         self.peer.note_settings(window, streams);
         frame::put(&mut self.out.control, kind::SETTINGS, flag::ACK, 0, &[]);
@@ -389,11 +393,7 @@ impl State {
     }
 
     /// Holds for streams that are open, too (RFC 9113 section 6.9.2).
-    fn change_initial_window(&mut self, window: u32) -> Done {
-        let window = i64::from(window);
-        if window > MAX_WINDOW {
-            return Err(fault(Reason::FLOW_CONTROL_ERROR, "initial window"));
-        }
+    fn change_initial_window(&mut self, window: i64) -> Done {
         let change = window - self.send_initial;
         self.send_initial = window;
         for stream in self.streams.iter_mut() {
@@ -477,12 +477,12 @@ impl State {
         let Some(stream) = self.streams.get_mut(head.stream) else { return Ok(()) };
         stream.send_window += more;
         if increment == 0 {
-            self.reset(head.stream, Reason::PROTOCOL_ERROR);
-        } else if stream.send_window > MAX_WINDOW {
-            self.reset(head.stream, Reason::FLOW_CONTROL_ERROR);
-        } else {
-            stream.wake_writer();
+            return self.punish(head.stream, Reason::PROTOCOL_ERROR);
         }
+        if stream.send_window > MAX_WINDOW {
+            return self.punish(head.stream, Reason::FLOW_CONTROL_ERROR);
+        }
+        stream.wake_writer();
         Ok(())
     }
 }

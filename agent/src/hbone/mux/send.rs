@@ -4,7 +4,10 @@ use std::task::{Context, Poll};
 
 use super::super::frame::{self, Reason};
 use super::super::stream::StreamError;
-use super::State;
+use super::{ConnectionError, State};
+
+/// Streams of one connection that the peer may break; each costs us its setting up.
+const FAULTY: usize = 1000;
 
 impl State {
     /// How many bytes of `wanted` the stream may send now, as far as the peer allows.
@@ -93,6 +96,21 @@ impl State {
             self.return_connection(dropped);
             self.wake_driver();
         }
+    }
+
+    /// Resets a stream for what the peer did on it.
+    pub(super) fn punish(&mut self, id: u32, reason: Reason) -> Result<(), ConnectionError> {
+        self.reset(id, reason);
+        self.note_fault()
+    }
+
+    pub(super) fn note_fault(&mut self) -> Result<(), ConnectionError> {
+        self.faulty += 1;
+        if self.faulty > FAULTY {
+            let why = "too many faulty streams";
+            return Err(ConnectionError::Fault(Reason::ENHANCE_YOUR_CALM, why));
+        }
+        Ok(())
     }
 
     /// The stream's handle is gone, with `held` bytes that it had not handed on: whatever has not

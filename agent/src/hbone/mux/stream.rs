@@ -370,9 +370,8 @@ impl Streams {
 
     /// Streams that have been waiting for the peer's window for at least `time`.
     pub(super) fn stalled(&self, time: Duration) -> usize {
-        let waits = |stream: &&Box<Stream>| {
-            stream.waiting_since.is_some_and(|since| since.elapsed() >= time)
-        };
-        self.by_id.values().filter(waits).count()
+        let waits =
+            |stream: &Stream| stream.waiting_since.is_some_and(|since| since.elapsed() >= time);
+        self.by_id.values().filter(|stream| waits(stream)).count()
     }
 }

@@ -371,6 +371,82 @@ fn data_that_must_not_come_resets_its_stream_alone() {
 }
 
 #[test]
+fn streams_that_a_peer_breaks_have_an_end_though_it_reads_our_answers() {
+    let pair = Pair::new();
+    let broken = || {
+        let id = pair.open();
+        let mut nothing = Vec::new();
+        frame::put(&mut nothing, kind::WINDOW_UPDATE, 0, id, &[0; 4]);
+        let received = pair.server.lock().receive(&nothing);
+        pair.server.lock().release(id, 0);
+        assert!(!waiting(&pair.server).is_empty() || received.is_err());
+        pair.client.lock().release(id, 0);
+        let _cancel = waiting(&pair.client);
+        received
+    };
+    let (lawful, error) = (1..).map(|count| (count, broken())).find(|(_, it)| it.is_err()).unwrap();
+    assert_eq!((lawful, error.unwrap_err().reason()), (1001, Reason::ENHANCE_YOUR_CALM));
+}
+
+#[test]
+fn requests_that_end_before_anybody_takes_them_do_not_pile_up() {
+    let pair = Pair::new();
+    let mut bytes = Vec::new();
+    for id in 1..20 {
+        frame::put_headers(&mut bytes, 2 * id + 1, false, &block(), 1 << 14);
+        frame::put(&mut bytes, kind::WINDOW_UPDATE, 0, 2 * id + 1, &[0; 4]);
+    }
+    let error = pair.server.lock().receive(&bytes).unwrap_err();
+    assert_eq!(error.reason(), Reason::ENHANCE_YOUR_CALM);
+    assert_eq!(pair.server.lock().arrived.len(), 9);
+}
+
+#[test]
+fn of_several_windows_in_one_settings_the_last_holds() {
+    let pair = Pair::new();
+    let id = pair.open();
+    let mut bytes = Vec::new();
+    let windows = [1, (1 << 31) - 1, 5].map(|window| (setting::INITIAL_WINDOW_SIZE, window));
+    frame::put_settings(&mut bytes, &windows);
+    pair.client.lock().receive(&bytes).unwrap();
+    assert!(matches!(send(&pair.client, id, b"too much"), Poll::Ready(Ok(5))));
+    assert!(send(&pair.client, id, b"x").is_pending());
+}
+
+#[test]
+fn a_window_may_become_negative_and_no_larger_than_the_rfc_allows() {
+    let pair = Pair::new();
+    let id = pair.open();
+    let mut bytes = Vec::new();
+    assert!(matches!(send(&pair.client, id, &[1; 800]), Poll::Ready(Ok(800))));
+    frame::put_settings(&mut bytes, &[(setting::INITIAL_WINDOW_SIZE, 0)]);
+    frame::put_window_update(&mut bytes, id, 800);
+    pair.client.lock().receive(&bytes).unwrap();
+    assert!(send(&pair.client, id, b"x").is_pending());
+    bytes.clear();
+    frame::put_window_update(&mut bytes, id, (1 << 31) - 1);
+    frame::put_settings(&mut bytes, &[(setting::INITIAL_WINDOW_SIZE, (1 << 31) - 1)]);
+    let error = pair.client.lock().receive(&bytes).unwrap_err();
+    assert_eq!(error.reason(), Reason::FLOW_CONTROL_ERROR);
+}
+
+/// Also when TLS has announced the end (RFC 9113 section 5.4.1).
+#[test]
+fn an_end_of_the_connection_is_no_end_of_its_streams() {
+    let pair = Pair::new();
+    let (ended, open) = (pair.open(), pair.open());
+    let _ = send(&pair.client, ended, b"all");
+    pair.client.lock().finish(ended).unwrap();
+    let _ = send(&pair.client, open, b"half");
+    pair.exchange().unwrap();
+    pair.server.lock().fail(ConnectionError::Closed);
+    let (bytes, end) = received(&pair.server, ended);
+    assert!(bytes == b"all" && matches!(end, Received::Finished));
+    let (bytes, end) = received(&pair.server, open);
+    assert!(bytes == b"half" && matches!(end, Received::Failed(StreamError::Broken(_))));
+}
+
+#[test]
 fn a_client_that_does_not_know_our_window_yet_may_use_the_default() {
     let server = Mux::new(Role::Server, &settings());
     let mut bytes = PREFACE.to_vec();

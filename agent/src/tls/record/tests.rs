@@ -44,6 +44,16 @@ fn a_changed_bit_is_noticed_wherever_it_is() {
 }
 
 #[test]
+fn padding_is_no_content() {
+    let (mut sealing, mut opening) = keys();
+    let mut record = [0; 64];
+    // The type of the record is the last that is not zero.
+    sealing.seal(0, &[b'o', b'n', b'e', content::DATA, 0, 0], &mut record).unwrap();
+    let sealed = Sealed::first(&record).unwrap().unwrap();
+    assert_eq!(opening.open(&sealed, &mut [0; 64]), Ok((content::DATA, 3)));
+}
+
+#[test]
 fn records_of_unlawful_length_or_type_are_refused() {
     let first = |bytes: &[u8]| Sealed::first(bytes).err();
     assert_eq!(first(&[20, 3, 3, 0, 1, 1]), Some(RecordError::Type(20)));

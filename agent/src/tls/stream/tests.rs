@@ -138,6 +138,17 @@ async fn an_end_is_clean_only_if_it_was_announced() {
     drop(client);
     let cut = ours.read(&mut [0; 1]).await.unwrap_err();
     assert_eq!(cut.kind(), io::ErrorKind::UnexpectedEof);
+
+    // Within a record, and told again to whoever asks again.
+    let (mut ours, mut peer) = pair(1 << 16).await;
+    let mut record = [0; 60];
+    let count = peer.sending.key.seal(content::DATA, b"lost", &mut record).unwrap();
+    peer.io.write_all(&record[..count - 1]).await.unwrap();
+    drop(peer);
+    for _ in 0..2 {
+        let cut = ours.read(&mut [0; 1]).await.unwrap_err();
+        assert_eq!(cut.kind(), io::ErrorKind::UnexpectedEof);
+    }
 }
 
 #[tokio::test]
@@ -164,7 +175,7 @@ async fn what_follows_the_handshake_in_one_segment_is_not_lost() {
 async fn after(records: &[(u8, &[u8])]) -> (Vec<u8>, io::Error, io::Error) {
     let (mut ours, mut peer) = pair(1 << 20).await;
     for (kind, content) in records {
-        let mut record = [0; 100];
+        let mut record = vec![0; content.len() + HEADER + TRAILER];
         let count = peer.sending.key.seal(*kind, content, &mut record).unwrap();
         peer.io.write_all(&record[..count]).await.unwrap();
     }
@@ -178,7 +189,11 @@ async fn what_a_peer_must_not_send_is_refused_with_an_alert_after_what_came_befo
     const UPDATE: &[u8] = &[KEY_UPDATE, 0, 0, 1, 0];
     let data = (content::DATA, &b"data"[..]);
     let empty = vec![(content::DATA, &b""[..]); IDLE_IN_A_ROW + 1];
-    let begun = (content::HANDSHAKE, &[NEW_SESSION_TICKET, 0, 0, 9][..]);
+    let begun = (content::HANDSHAKE, &[KEY_UPDATE, 0][..]);
+    // What is sealed with this type is padding, or says its type itself.
+    const PADDING: u8 = 0;
+    let mut overlong = vec![0; CONTENT + 1];
+    overlong[0] = content::DATA;
     for (records, alert) in [
         (vec![data, (content::HANDSHAKE, &[])], 10),
         (vec![data, begun, data], 10),
@@ -187,6 +202,11 @@ async fn what_a_peer_must_not_send_is_refused_with_an_alert_after_what_came_befo
         (vec![data, (content::HANDSHAKE, &[UPDATE, &[0]].concat())], 10),
         (vec![data, (content::HANDSHAKE, &[KEY_UPDATE, 0, 0, 1, 2])], 10),
         (vec![data, (20, &[1])], 10),
+        // Tickets are the server's.
+        (vec![data, (content::HANDSHAKE, &[NEW_SESSION_TICKET, 0, 0, 0])], 10),
+        (vec![data, (PADDING, &[])], 10),
+        (vec![data, (PADDING, &[0; 60])], 10),
+        (vec![data, (PADDING, &overlong)], 22),
         (vec![data, (content::ALERT, &[2])], 22),
         (vec![data, (content::HANDSHAKE, UPDATE), data], 20),
         ([vec![data], empty].concat(), 10),
@@ -217,6 +237,45 @@ async fn a_peer_that_only_changes_its_key_is_refused_in_the_end() {
     }
     let error = ours.read(&mut [0; 1]).await.unwrap_err();
     assert_eq!(error.to_string(), StreamFault::Empty.to_string());
+}
+
+#[tokio::test]
+async fn a_server_that_only_sends_tickets_is_refused_in_the_end() {
+    const TICKET: &[u8] = &[NEW_SESSION_TICKET, 0, 0, 2, 1, 2];
+    let (mut peer, mut ours) = pair(1 << 20).await;
+    for _ in 0..=IDLE_IN_A_ROW {
+        let mut record = [0; 60];
+        let count = peer.sending.key.seal(content::HANDSHAKE, TICKET, &mut record).unwrap();
+        peer.io.write_all(&record[..count]).await.unwrap();
+    }
+    let error = ours.read(&mut [0; 1]).await.unwrap_err();
+    assert_eq!(error.to_string(), StreamFault::Empty.to_string());
+}
+
+#[tokio::test]
+async fn handshake_messages_longer_than_any_are_refused() {
+    let (mut peer, mut ours) = pair(1 << 16).await;
+    let mut record = [0; 60];
+    let begun = [NEW_SESSION_TICKET, 1, 0, 1];
+    let count = peer.sending.key.seal(content::HANDSHAKE, &begun, &mut record).unwrap();
+    peer.io.write_all(&record[..count]).await.unwrap();
+    let error = ours.read(&mut [0; 1]).await.unwrap_err();
+    assert_eq!(error.to_string(), StreamFault::from(RecordError::Length(65_537)).to_string());
+}
+
+#[tokio::test]
+async fn nothing_is_sent_after_our_end_also_if_the_peer_wants_a_new_key() {
+    let (mut ours, mut peer) = pair(1 << 16).await;
+    ours.shutdown().await.unwrap();
+    let mut record = [0; 60];
+    let wanted = [KEY_UPDATE, 0, 0, 1, 1];
+    let count = peer.sending.key.seal(content::HANDSHAKE, &wanted, &mut record).unwrap();
+    peer.io.write_all(&record[..count]).await.unwrap();
+    peer.io.shutdown().await.unwrap();
+    ours.read(&mut [0; 1]).await.unwrap_err();
+    assert!(ours.sending.update && ours.sending.outgoing.is_empty());
+    assert_eq!(peer.read(&mut [0; 1]).await.unwrap(), 0);
+    assert_eq!(peer.io.read(&mut [0; 1]).await.unwrap(), 0);
 }
 
 #[tokio::test]
