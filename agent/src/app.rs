@@ -76,7 +76,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let settings = config.mesh(&first.culvert.stated())?;
     // From here on a signal ends the agent only where it is awaited.
     let mut signals = Signals::new()?;
-    let rooms = rooms(&config, &settings, &first)?;
+    let (workers, _carrying) = Workers::start(config.worker_threads)?;
+    let rooms = rooms(&config, &settings, &first, &workers)?;
     let news =
         Arc::new(News::new(rooms.mesh.clone(), rooms.certificates.clone(), config.node.clone()));
     news.apply(std::mem::take(&mut first.changes));
@@ -88,7 +89,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let ready = certificates::ready(rooms.certificates.clone(), synced(&xds));
     let begun = beginning.capture(&config, &first, ready, &mut signals).await?;
     let Some(Begun { capture, bequest }) = begun else { return Ok(()) };
-    let (workers, _carrying) = Workers::start(config.worker_threads)?;
     let node = Arc::new(make_node(&config, &settings, rooms, capture, fetch, workers)?);
 
     let (trigger, draining) = drain::drain();
@@ -149,12 +149,18 @@ struct Rooms {
     telemetry: Telemetry,
 }
 
-fn rooms(config: &Config, settings: &MeshSettings, first: &MeshFile) -> anyhow::Result<Rooms> {
+fn rooms(
+    config: &Config,
+    settings: &MeshSettings,
+    first: &MeshFile,
+    workers: &Workers,
+) -> anyhow::Result<Rooms> {
     let mesh = Mesh::new(Snapshot::default()).tunnelling(config.same_node.tunnelled.clone());
     let mesh = Arc::new(mesh);
     let certificates = Arc::new(certificates::start(config, settings, first, &mesh)?);
     let version = Some(config.istio_version.to_string());
-    let telemetry = Telemetry::new(version, Some(&Handle::current()));
+    let runtimes = [&[Handle::current()], workers.handles()].concat();
+    let telemetry = Telemetry::new(version, &runtimes);
     Ok(Rooms { mesh, certificates, telemetry })
 }
 

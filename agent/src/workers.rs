@@ -47,6 +47,11 @@ impl Workers {
         Ok((Self(Arc::new(Shared { handles, next: AtomicUsize::new(0) })), guard))
     }
 
+    /// All of them.
+    pub fn handles(&self) -> &[Handle] {
+        &self.0.handles
+    }
+
     /// The thread for one more pod.
     pub fn next(&self) -> Handle {
         let number = self.0.next.fetch_add(1, Ordering::Relaxed) % self.0.handles.len().max(1);
