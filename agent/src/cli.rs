@@ -98,14 +98,6 @@ pub fn fail(error: &dyn fmt::Display) -> ExitCode {
 }
 
 impl Task {
-    /// How many threads the runtime should have.
-    pub fn threads(&self) -> NonZeroUsize {
-        match &self.0 {
-            What::Run(config) => config.worker_threads,
-            What::Look(..) | What::Detach(_) => NonZeroUsize::MIN,
-        }
-    }
-
     pub async fn execute(self) -> ExitCode {
         let mut output = Output::standard();
         let done = match self.0 {

@@ -15,6 +15,7 @@ pub mod decide;
 pub mod recheck;
 
 pub mod accept;
+mod blocks;
 pub mod capture;
 pub mod direct;
 pub mod handover;
@@ -22,6 +23,7 @@ pub mod node;
 pub mod packet;
 pub mod pods;
 pub mod session;
+pub mod workers;
 
 pub mod dial;
 pub mod dns;

@@ -199,8 +199,7 @@ impl Tunnel {
             }
         };
         let closing = Ends::of(&guard, drain, &self.pod).in_tunnel(self.revoked.clone());
-        let counters = open.counters();
-        let relayed = relay::hbone_tcp(stream, server, &*counters, closing.wait()).await;
+        let relayed = relay::hbone_tcp(stream, server, open.counters(), closing.wait()).await;
         open.close(session::outcome(relayed));
     }
 

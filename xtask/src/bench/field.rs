@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::Path as FilePath;
-use std::process::{ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -33,6 +33,10 @@ pub enum Side {
     Culvert,
 }
 
+impl Side {
+    pub const ALL: [Self; 2] = [Self::Plain, Self::Culvert];
+}
+
 impl Path {
     pub fn name(self) -> &'static str {
         match self {
@@ -53,6 +57,9 @@ const PORT: u16 = 7000;
 /// Connections that the kernel carried.
 const DIRECT: &[&str] = &["result=\"direct\""];
 
+/// The pods of one side in which a server runs.
+const SERVERS: [&str; 4] = ["near", "far", "other-near", "other-far"];
+
 /// Four nodes: two with agents, and two just like them without.
 pub struct Field {
     agents: Vec<Agent>,
@@ -64,24 +71,32 @@ pub struct Field {
 
 impl Field {
     pub fn start(binary: &FilePath) -> Result<Self> {
+        let plain = |name: &str| PodSpec::unknown(&format!("plain-{name}"));
         // Each agent attaches at its own node, so that the plain pods meet none of its programs.
         let mesh = Mesh::new()
             .attach(Attach::Node)
             .node("a")
             .pod("client", "bench", "client")
             .pod("near", "bench", "server")
+            .pod("other", "bench", "other")
+            .pod("other-near", "bench", "other-server")
             .node("b")
             .pod("far", "bench", "server")
+            .pod("other-far", "bench", "other-server")
             .node("c")
-            .pod_with(PodSpec::unknown("plain-client"))
-            .pod_with(PodSpec::unknown("plain-near"))
+            .pod_with(plain("client"))
+            .pod_with(plain("near"))
+            .pod_with(plain("other"))
+            .pod_with(plain("other-near"))
             .node("d")
-            .pod_with(PodSpec::unknown("plain-far"))
+            .pod_with(plain("far"))
+            .pod_with(plain("other-far"))
             .start()?;
         let own = std::env::current_exe().context("finding this program")?;
         let mut servers = Vec::new();
-        for name in ["near", "far", "plain-near", "plain-far"] {
-            let place = mesh.pod(name).place();
+        let names = SERVERS.iter().flat_map(|name| [(*name).to_owned(), format!("plain-{name}")]);
+        for name in names {
+            let place = mesh.pod(&name).place();
             let mut command = place.command(&own)?;
             command.args(["bench-server", "--port", &PORT.to_string()]);
             servers.push(place.start(&format!("server-{name}"), &mut command)?);
@@ -91,7 +106,7 @@ impl Field {
         let fresh = pids.iter().map(|pid| resident(&[*pid])).collect::<Result<_>>()?;
         let field = Self { agents, fresh, _servers: servers, mesh };
         for path in [Path::Same, Path::Cross] {
-            for side in [Side::Plain, Side::Culvert] {
+            for side in Side::ALL {
                 field.wait_for(path, side)?;
             }
         }
@@ -117,14 +132,27 @@ impl Field {
     }
 
     /// The agents that a connection passes on this path.
-    pub fn agents(&self, path: Path) -> Vec<u32> {
+    pub fn agents(&self, path: Path, side: Side) -> Vec<u32> {
         let count = if path == Path::Same { 1 } else { 2 };
-        self.agents.iter().take(count).map(Agent::pid).collect()
+        match side {
+            Side::Culvert => self.agents.iter().take(count).map(Agent::pid).collect(),
+            Side::Plain => Vec::new(),
+        }
+    }
+
+    /// Starts a load of another pod of the client's node, towards a server of its own.
+    pub fn flood(&self, path: Path, side: Side, arguments: &[&str]) -> Result<Flooding> {
+        let (client, server) = self.ends(path, side, "other-");
+        let mut command = self.command(client, server, arguments)?;
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        Ok(Flooding(command.spawn().context("starting the flood")?))
     }
 
     /// Runs one load to its end.
     pub fn load(&self, path: Path, side: Side, arguments: &[&str]) -> Result<Outcome> {
-        let output = self.command(path, side, arguments)?.output().context("starting the load")?;
+        let (client, server) = self.ends(path, side, "");
+        let mut command = self.command(client, server, arguments)?;
+        let output = command.output().context("starting the load")?;
         if !output.status.success() {
             let error = String::from_utf8_lossy(&output.stderr).trim().to_owned();
             bail!("{} over {side:?}: {error}\n{}", arguments.join(" "), self.logs(8));
@@ -136,7 +164,8 @@ impl Field {
     pub fn hold(&self, path: Path, side: Side, count: usize) -> Result<Held> {
         let count = count.to_string();
         let arguments = ["--kind", "idle", "--connections", &count];
-        let mut command = self.command(path, side, &arguments)?;
+        let (client, server) = self.ends(path, side, "");
+        let mut command = self.command(client, server, &arguments)?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().context("starting the load")?;
         let printed = child.stdout.take().context("no output")?;
@@ -165,8 +194,7 @@ impl Field {
         .map(drop)
     }
 
-    fn command(&self, path: Path, side: Side, arguments: &[&str]) -> Result<Command> {
-        let (client, server) = self.ends(path, side);
+    fn command(&self, client: &Pod, server: &Pod, arguments: &[&str]) -> Result<Command> {
         // Bytes in bulk have a port of their own.
         let port = if arguments.contains(&"bulk") { PORT + 1 } else { PORT };
         let to = SocketAddr::new(server.v4().into(), port).to_string();
@@ -176,14 +204,33 @@ impl Field {
         Ok(command)
     }
 
-    fn ends(&self, path: Path, side: Side) -> (&Pod, &Pod) {
-        let (client, server) = match (side, path) {
-            (Side::Culvert, Path::Same) => ("client", "near"),
-            (Side::Culvert, Path::Cross) => ("client", "far"),
-            (Side::Plain, Path::Same) => ("plain-client", "plain-near"),
-            (Side::Plain, Path::Cross) => ("plain-client", "plain-far"),
+    /// Client and server: the ones that are measured, or with `other-` those beside them.
+    fn ends(&self, path: Path, side: Side, which: &str) -> (&Pod, &Pod) {
+        let prefix = match side {
+            Side::Culvert => "",
+            Side::Plain => "plain-",
         };
-        (self.mesh.pod(client), self.mesh.pod(server))
+        let server = match path {
+            Path::Same => "near",
+            Path::Cross => "far",
+        };
+        let client = if which.is_empty() { "client" } else { "other" };
+        let pod = |name: &str| self.mesh.pod(&format!("{prefix}{name}"));
+        (pod(client), pod(&format!("{which}{server}")))
+    }
+}
+
+/// A load that runs beside another.
+pub struct Flooding(Child);
+
+impl Flooding {
+    /// Waits for its end.
+    pub fn wait(self) -> Result<()> {
+        let output = self.0.wait_with_output().context("waiting for the flood")?;
+        if !output.status.success() {
+            bail!("the flood: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(())
     }
 }
 
