@@ -19,6 +19,7 @@ mod blocks;
 pub mod capture;
 pub mod direct;
 pub mod handover;
+pub mod memory;
 pub mod node;
 pub mod packet;
 pub mod pods;

@@ -2,9 +2,10 @@
 
 use std::process::ExitCode;
 
-use culvert_agent::cli;
+use culvert_agent::{cli, memory};
 
 fn main() -> ExitCode {
+    memory::give_back();
     let task = match cli::task() {
         Ok(task) => task,
         Err(code) => return code,

@@ -89,7 +89,8 @@ async fn carry(
     // One seed for all rounds of the decision, so that it draws the endpoint that it asked about.
     let seed = rand::rng().random();
     let request = Outbound { source: &source, client: client.ip(), destination: original };
-    let (routed, server) = match choose(node, &request, elsewhere, seed).await {
+    // What not every connection needs, or only to begin with, takes no room in its task.
+    let (routed, server) = match Box::pin(choose(node, &request, elsewhere, seed)).await {
         Ok(chosen) => chosen,
         Err(error) => return failed(tcp, client.addr(), original.addr(), &*error),
     };
@@ -97,10 +98,12 @@ async fn carry(
     let service = routed.service;
     let captured = Captured { node, pod, tcp, client, original, source, service, drain };
     match routed.route {
-        Route::Passthrough { to } => plain::carry(captured, to, None).await,
-        Route::Direct { to, workload } => plain::carry(captured, to, Some(workload)).await,
+        Route::Passthrough { to } => Box::pin(plain::carry(captured, to, None)).await,
+        Route::Direct { to, workload } => {
+            Box::pin(plain::carry(captured, to, Some(workload))).await;
+        }
         Route::Local { to, workload } => match server {
-            Some(server) => local::carry(captured, to, workload, server).await,
+            Some(server) => Box::pin(local::carry(captured, to, workload, server)).await,
             None => {
                 failed(captured.tcp, client.addr(), original.addr(), &"the pod comes and goes");
             }

@@ -2,6 +2,7 @@
 //! kernel vouches for.
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 
 use culvert_core::addr::Authority;
@@ -175,9 +176,9 @@ impl Arrival<'_> {
                 return open.close(Err(Failure::new(ResponseFlag::Connect, error)));
             }
         };
-        let closing = Ends::of(&guard, drain, pod);
+        let closing = pin!(Ends::of(&guard, drain, pod).wait());
         let counters = open.counters();
-        let relayed = relay::tcp_tcp(tcp, server, &*counters, closing.wait()).await;
+        let relayed = relay::tcp_tcp(tcp, server, &*counters, closing).await;
         open.close(session::outcome(relayed));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
 use std::sync::Arc;
 
 use culvert_core::addr::HboneAddr;
@@ -72,8 +73,8 @@ pub(super) async fn carry(captured: Captured<'_>, tunnel: Tunnel, next_hop: Arc<
             return open.close(Err(error.into()));
         }
     };
-    let closing = Ends::of(&guard, drain, pod).in_tunnel(cut_off);
-    let relayed = relay::tcp_hbone(tcp, stream, open.counters(), closing.wait()).await;
+    let closing = pin!(Ends::of(&guard, drain, pod).in_tunnel(cut_off).wait());
+    let relayed = relay::tcp_hbone(tcp, stream, open.counters(), closing).await;
     open.close(session::outcome(relayed));
 }
 

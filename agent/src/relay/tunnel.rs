@@ -112,11 +112,11 @@ pub(super) async fn relay<C>(
         }
         Err(End::Closed(_)) => {
             relay.stream.reset(Reason::CANCEL);
-            tcp.reset_last().await;
+            Box::pin(tcp.reset_last()).await;
         }
         Err(End::Tunnel(_)) => {
             relay.download_rest();
-            tcp.reset_last().await;
+            Box::pin(tcp.reset_last()).await;
         }
     }
     result
