@@ -38,6 +38,7 @@ use crate::node::{Fetch, Mesh, Node, Options};
 use crate::recheck::recheck;
 use crate::telemetry::Telemetry;
 use crate::telemetry::logging::{Directives, LogControl, LogFormat, Logging};
+use crate::workers::Workers;
 use crate::xds::Xds;
 use crate::{config, hbone};
 
@@ -77,7 +78,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let settings = config.mesh(&first.culvert.stated())?;
     // From here on a signal ends the agent only where it is awaited.
     let mut signals = Signals::new()?;
-    let rooms = rooms(&config, &settings, &first)?;
+    let (workers, _carrying) = Workers::start(config.worker_threads)?;
+    let rooms = rooms(&config, &settings, &first, &workers)?;
     let news =
         Arc::new(News::new(rooms.mesh.clone(), rooms.certificates.clone(), config.node.clone()));
     news.apply(std::mem::take(&mut first.changes));
@@ -89,7 +91,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let ready = certificates::ready(rooms.certificates.clone(), synced(&xds));
     let begun = beginning.capture(&config, &first, ready, &mut signals).await?;
     let Some(Begun { capture, bequest }) = begun else { return Ok(()) };
-    let node = Arc::new(make_node(&config, &settings, rooms, capture, fetch)?);
+    let node = Arc::new(make_node(&config, &settings, rooms, capture, fetch, workers)?);
 
     let (trigger, draining) = drain::drain();
     let named = first.culvert.pods;
@@ -149,12 +151,18 @@ struct Rooms {
     telemetry: Telemetry,
 }
 
-fn rooms(config: &Config, settings: &MeshSettings, first: &MeshFile) -> anyhow::Result<Rooms> {
+fn rooms(
+    config: &Config,
+    settings: &MeshSettings,
+    first: &MeshFile,
+    workers: &Workers,
+) -> anyhow::Result<Rooms> {
     let mesh = Mesh::new(Snapshot::default()).tunnelling(config.same_node.tunnelled.clone());
     let mesh = Arc::new(mesh);
     let certificates = Arc::new(certificates::start(config, settings, first, &mesh)?);
     let version = Some(config.istio_version.to_string());
-    let telemetry = Telemetry::new(version, Some(&Handle::current()));
+    let runtimes = [&[Handle::current()], workers.handles()].concat();
+    let telemetry = Telemetry::new(version, &runtimes);
     Ok(Rooms { mesh, certificates, telemetry })
 }
 
@@ -164,6 +172,7 @@ fn make_node(
     rooms: Rooms,
     capture: Redirection,
     fetch: Option<Arc<dyn Fetch>>,
+    workers: Workers,
 ) -> anyhow::Result<Node> {
     if let Some(logs) = capture.logs() {
         tokio::spawn(logs.forward());
@@ -185,6 +194,7 @@ fn make_node(
         connections: Connections::default(),
         fetch,
         tunnels: tunnel_settings(config),
+        workers,
         keepalive: config.keepalive,
         options: Options {
             response_baggage: config.response_baggage,

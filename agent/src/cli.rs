@@ -114,16 +114,6 @@ pub fn fail(error: &dyn fmt::Display) -> ExitCode {
 }
 
 impl Task {
-    /// How many threads the runtime should have.
-    pub fn threads(&self) -> NonZeroUsize {
-        match &self.0 {
-            What::Run(config) => config.worker_threads,
-            What::Look(..) | What::Detach(_) | What::Examine { .. } | What::Try(_) => {
-                NonZeroUsize::MIN
-            }
-        }
-    }
-
     pub async fn execute(self) -> ExitCode {
         let mut output = Output::standard();
         let done = match self.0 {

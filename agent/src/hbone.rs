@@ -1,9 +1,10 @@
 //! HBONE: application TCP streams as HTTP/2 CONNECT streams inside mutual TLS.
 //!
-//! Both roles stand directly on `h2`. Reading order: [`headers`] (what a CONNECT says),
-//! [`HboneStream`] (one tunnelled connection), [`client`] and [`pool`] (the source side),
-//! [`server`] (the destination side); below them `windows` (what the peer lets us send),
-//! `wire` (the byte stream under `h2`) and `keepalive`.
+//! HTTP/2 here carries CONNECT and nothing else, which makes it small and lets bytes pass with few
+//! copies. Reading order: [`headers`] (what a CONNECT says), [`HboneStream`] (one tunnelled
+//! connection), [`client`] and [`pool`] (the source side), [`server`] (the destination side); below
+//! them `mux` (what the streams of a connection share), `windows` (what the peer lets us send),
+//! `drive` (its socket), `frame` and `hpack` (RFC 9113 and RFC 7541 on the wire), and `keepalive`.
 //!
 //! # No stream stalls another
 //!
@@ -19,19 +20,24 @@
 use std::time::Duration;
 
 pub mod client;
+mod drive;
+mod frame;
 pub mod headers;
+mod hpack;
 mod keepalive;
+mod mux;
 pub mod pool;
 pub mod server;
 mod stream;
 mod windows;
-mod wire;
 
-pub use h2::Reason;
+pub use frame::Reason;
 pub use headers::ConnectHeaders;
+pub use mux::ConnectionError;
+pub use mux::stream::Sink;
 pub use pool::{Dialled, Pool, PoolKey};
 pub use server::{Request, serve};
-pub use stream::{HboneStream, StreamError};
+pub use stream::{HboneStream, StreamError, TransferError};
 
 /// HTTP/2 and pool parameters of both roles.
 #[derive(Clone, Debug)]
@@ -91,15 +97,6 @@ impl Settings {
 
 /// RFC 9113 section 6.9.1.
 const MAX_WINDOW: u32 = (1 << 31) - 1;
-
-/// Bytes of one stream that wait inside `h2` for the socket, at most.
-const SEND_BUFFER: usize = 256 << 10;
-
-/// Streams that were reset here and whose late frames are still ignored rather than answered.
-const REMEMBERED_RESETS: usize = 512;
-
-/// How long those are remembered.
-const REMEMBER_RESETS: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 pub(crate) mod tests;

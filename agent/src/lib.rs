@@ -15,14 +15,17 @@ pub mod decide;
 pub mod recheck;
 
 pub mod accept;
+mod blocks;
 pub mod capture;
 pub mod direct;
 pub mod doctor;
 pub mod handover;
+pub mod memory;
 pub mod node;
 pub mod packet;
 pub mod pods;
 pub mod session;
+pub mod workers;
 
 pub mod dial;
 pub mod dns;

@@ -25,6 +25,7 @@ use crate::dns::{Dns, OwnResolver};
 use crate::hbone;
 use crate::pods::{Claim, Pod};
 use crate::telemetry::{Denial, DenialReason, DryRunEvaluation, Telemetry};
+use crate::workers::Workers;
 
 /// How long a connection waits for the pod's own workload to become known.
 const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
@@ -51,6 +52,8 @@ pub struct Node {
     /// Brings what the snapshot lacks; `None` where the snapshot is all there is.
     pub fetch: Option<Arc<dyn Fetch>>,
     pub tunnels: hbone::Settings,
+    /// Where the connections of pods are carried.
+    pub workers: Workers,
     /// Kernel keepalive of captured and dialled connections.
     pub keepalive: Option<Keepalive>,
     pub options: Options,

@@ -24,12 +24,28 @@ mod local;
 mod plain;
 mod tunnel;
 
-/// Serves the captured connections of `pod` until it leaves or the agent drains.
-pub async fn serve(node: Arc<Node>, pod: Arc<Pod>, listener: TcpListener, drain: DrainWatch) {
+/// Serves the captured connections of `pod` until it leaves or the agent drains. `retracted` gets the
+/// direct connections to it that the kernel could not admit after all.
+pub async fn serve<F: Future<Output = ()> + Send>(
+    node: Arc<Node>,
+    pod: Arc<Pod>,
+    listener: TcpListener,
+    drain: DrainWatch,
+    retracted: impl Fn(Arc<Node>, Arc<Pod>, TcpStream, SocketAddr, DrainWatch) -> F
+    + Copy
+    + Send
+    + 'static,
+) {
     let end = ended(&pod, drain.clone());
     accept_until(&listener, end, |client, peer| {
         let (node, pod, drain) = (node.clone(), node.successor(&pod), drain.clone());
-        tokio::spawn(async move { carry(&node, &pod, client, peer, drain).await });
+        tokio::spawn(async move {
+            if node.capture.is_retracted(&client) {
+                retracted(node, pod, client, peer, drain).await;
+            } else {
+                carry(&node, &pod, client, peer, drain).await;
+            }
+        });
     })
     .await;
 }
@@ -73,7 +89,8 @@ async fn carry(
     // One seed for all rounds of the decision, so that it draws the endpoint that it asked about.
     let seed = rand::rng().random();
     let request = Outbound { source: &source, client: client.ip(), destination: original };
-    let (routed, server) = match choose(node, &request, elsewhere, seed).await {
+    // What not every connection needs, or only to begin with, takes no room in its task.
+    let (routed, server) = match Box::pin(choose(node, &request, elsewhere, seed)).await {
         Ok(chosen) => chosen,
         Err(error) => return failed(tcp, client.addr(), original.addr(), &*error),
     };
@@ -81,10 +98,12 @@ async fn carry(
     let service = routed.service;
     let captured = Captured { node, pod, tcp, client, original, source, service, drain };
     match routed.route {
-        Route::Passthrough { to } => plain::carry(captured, to, None).await,
-        Route::Direct { to, workload } => plain::carry(captured, to, Some(workload)).await,
+        Route::Passthrough { to } => Box::pin(plain::carry(captured, to, None)).await,
+        Route::Direct { to, workload } => {
+            Box::pin(plain::carry(captured, to, Some(workload))).await;
+        }
         Route::Local { to, workload } => match server {
-            Some(server) => local::carry(captured, to, workload, server).await,
+            Some(server) => Box::pin(local::carry(captured, to, workload, server)).await,
             None => {
                 failed(captured.tcp, client.addr(), original.addr(), &"the pod comes and goes");
             }

@@ -12,6 +12,7 @@
 
 use std::future::Future;
 use std::io;
+use std::sync::Arc;
 
 use tokio::net::TcpStream;
 
@@ -31,6 +32,11 @@ pub trait Counters {
     /// `bytes` went back to the side that opened the connection.
     fn sent(&self, bytes: u64);
 }
+
+/// Counts bytes of one direction, from more than one place.
+trait Count: Fn(u64) + Clone + Send + Sync + 'static {}
+
+impl<F: Fn(u64) + Clone + Send + Sync + 'static> Count for F {}
 
 /// Why a relay ended before both directions had finished; `C` is the reason for closing it.
 #[derive(Debug, thiserror::Error)]
@@ -71,12 +77,13 @@ impl<C> RelayError<C> {
 pub fn tcp_hbone<C>(
     client: TcpStream,
     tunnel: HboneStream,
-    counters: &impl Counters,
+    counters: Arc<impl Counters + Send + Sync + 'static>,
     closing: impl Future<Output = C>,
 ) -> impl Future<Output = Result<(), RelayError<C>>> {
     let client = Tcp::new(client);
-    let upload = |bytes| counters.received(bytes);
-    let download = |bytes| counters.sent(bytes);
+    let uploads = counters.clone();
+    let upload = move |bytes| uploads.received(bytes);
+    let download = move |bytes| counters.sent(bytes);
     async move {
         let end = tunnel::relay(client, tunnel, upload, download, closing).await;
         end.map_err(|end| end.with(RelayError::Client))
@@ -89,12 +96,13 @@ pub fn tcp_hbone<C>(
 pub fn hbone_tcp<C>(
     tunnel: HboneStream,
     server: TcpStream,
-    counters: &impl Counters,
+    counters: Arc<impl Counters + Send + Sync + 'static>,
     closing: impl Future<Output = C>,
 ) -> impl Future<Output = Result<(), RelayError<C>>> {
     let server = Tcp::new(server);
-    let upload = |bytes| counters.sent(bytes);
-    let download = |bytes| counters.received(bytes);
+    let uploads = counters.clone();
+    let upload = move |bytes| uploads.sent(bytes);
+    let download = move |bytes| counters.received(bytes);
     async move {
         let end = tunnel::relay(server, tunnel, upload, download, closing).await;
         end.map_err(|end| end.with(RelayError::Server))

@@ -126,14 +126,14 @@ impl PodMetrics {
 }
 
 impl Telemetry {
-    /// `istio_version` is the `tag` of `istio_build`; `runtime` is the one that `tokio_*` reads.
-    pub fn new(istio_version: Option<String>, runtime: Option<&Handle>) -> Telemetry {
+    /// `istio_version` is the `tag` of `istio_build`; `runtimes` are those that `tokio_*` tell of.
+    pub fn new(istio_version: Option<String>, runtimes: &[Handle]) -> Telemetry {
         let mut registry = Registry::default();
         let tag = istio_version.unwrap_or_else(|| "unknown".to_owned());
         registry.register_collector(Box::new(process::Build { tag }));
         registry.register_collector(Box::new(process::Process));
-        if let Some(runtime) = runtime {
-            registry.register_collector(Box::new(process::Tokio::new(runtime)));
+        if !runtimes.is_empty() {
+            registry.register_collector(Box::new(process::Tokio::new(runtimes)));
         }
         let inner = Inner {
             series: collector(&mut registry, SeriesStore::new(TCP_SERIES)),

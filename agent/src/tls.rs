@@ -9,14 +9,13 @@ use std::time::Duration;
 
 use culvert_core::identity::{Identity, TrustDomains};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
-use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 pub use certificate::{CertificateSummary, Issued, UnusableCertificate, WorkloadCertificate};
 pub(crate) use config::provider;
 pub use crl::{CrlError, CrlFile};
 pub use error::{PeerFault, Side, TlsError};
 pub use revocation::{InvalidCrl, PeerWatch, RevocationList, Revocations};
+pub use stream::TlsStream;
 
 /// What all handshakes of one agent share beside the roots that come with each certificate.
 ///
@@ -30,12 +29,6 @@ pub struct Trust {
 /// How long a handshake may take before the peer counts as absent, unless the caller says otherwise.
 pub const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 
-/// The accepting side of an established connection.
-pub type ServerStream<S = TcpStream> = tokio_rustls::server::TlsStream<S>;
-
-/// The connecting side of an established connection.
-pub type ClientStream<S = TcpStream> = tokio_rustls::client::TlsStream<S>;
-
 /// Accepts a peer on `stream`, with `certificate` as ours, and tells the peer's identity.
 ///
 /// The identity is the first SPIFFE URI of the peer's leaf. The handshake succeeds if the peer's chain
@@ -43,16 +36,16 @@ pub type ClientStream<S = TcpStream> = tokio_rustls::client::TlsStream<S>;
 /// an alias of it.
 /// The error does not name the peer's address; the caller knows it.
 pub async fn accept<S>(
-    stream: S,
+    mut stream: S,
     certificate: &WorkloadCertificate,
     limit: Duration,
-) -> Result<(ServerStream<S>, Identity), TlsError>
+) -> Result<(TlsStream<S>, Identity), TlsError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let acceptor = TlsAcceptor::from(certificate.server_config());
-    let stream = within(limit, acceptor.accept(stream)).await?;
-    let identity = verify::principal(stream.get_ref().1.peer_certificates())?;
+    let shaken = handshake::accept(&mut stream, certificate.server_config());
+    let stream = TlsStream::after(within(limit, shaken).await?, stream)?;
+    let identity = verify::principal(Some(stream.peer_certificates()))?;
     Ok((stream, identity))
 }
 
@@ -64,19 +57,19 @@ where
 ///
 /// The peer judges our certificate after this returns (TLS 1.3): its refusal is an error of the first read.
 pub async fn connect<S>(
-    stream: S,
+    mut stream: S,
     certificate: &WorkloadCertificate,
     expect: &[Identity],
     limit: Duration,
-) -> Result<ClientStream<S>, TlsError>
+) -> Result<TlsStream<S>, TlsError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     if expect.is_empty() {
         return Err(TlsError::Peer(PeerFault::NothingExpected));
     }
-    let connector = TlsConnector::from(certificate.client_config(expect));
-    within(limit, connector.connect(config::unsent_server_name(), stream)).await
+    let shaken = handshake::connect(&mut stream, certificate.client_config(expect));
+    TlsStream::after(within(limit, shaken).await?, stream)
 }
 
 async fn within<T>(
@@ -93,7 +86,10 @@ mod certificate;
 mod config;
 mod crl;
 mod error;
+mod handshake;
+mod record;
 mod revocation;
+mod stream;
 mod verify;
 
 #[cfg(test)]

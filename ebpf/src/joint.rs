@@ -29,7 +29,7 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::programs::SockOpsContext;
 use culvert_abi::direct::{
-    DirectKey, FlowEvent, Joint, JointEnd, JointKey, Live, MAX_JOINED_PER_POD, Offsets,
+    DirectFlow, DirectKey, FlowEvent, Joint, JointEnd, JointKey, Live, MAX_JOINED_PER_POD, Offsets,
 };
 
 use crate::context::{Ends, read};
@@ -54,7 +54,7 @@ pub fn join_client(ctx: &SockOpsContext, netns: u64, ends: &Ends) {
     let Some(flow) = (unsafe { flows.get(direct_key(ends)) }) else { return };
     // SAFETY: the helper takes this context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    if flow.socket != cookie || flow.arrived == 0 {
+    if flow.socket != cookie || flow.arrived != DirectFlow::ADMITTED {
         return;
     }
     let Some(live) = LIVE.get_ptr_mut(netns) else { return };

@@ -6,6 +6,7 @@
 mod control;
 mod names;
 mod operator;
+mod tls;
 mod tunnel;
 
 /// One parser.
@@ -19,6 +20,8 @@ pub struct Parser {
 /// All of them, those of unauthenticated peers first.
 pub const ALL: &[Parser] = &[
     // From whoever connects, and from the peers of the mesh.
+    Parser { name: "tls_hello", run: tls::hello },
+    Parser { name: "tls_records", run: tls::records },
     Parser { name: "tunnel_server", run: tunnel::server },
     Parser { name: "tunnel_client", run: tunnel::client },
     Parser { name: "connect_headers", run: tunnel::headers },

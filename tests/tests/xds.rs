@@ -35,7 +35,7 @@ struct Agent {
 impl Agent {
     async fn start(settings: &XdsSettings) -> Self {
         let mesh = Arc::new(Mesh::new(Snapshot::default()));
-        let telemetry = Telemetry::new(None, None);
+        let telemetry = Telemetry::new(None, &[]);
         let pod = AgentPod {
             name: "culvert-1".into(),
             namespace: "istio-system".into(),

@@ -89,8 +89,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             continue;
         }
         steps.heading(&format!("{}, {rounds} rounds of {seconds} s each", path.title()));
-        // Memory is what it is without.
-        let told = |kind: &Kind| wanted(kind) && (path, *kind) != (Path::Accelerated, Kind::Idle);
+        // Memory, and what other pods notice, is what it is without.
+        let without = |kind: &Kind| matches!(kind, Kind::Fairness(_) | Kind::Idle);
+        let told = |kind: &Kind| wanted(kind) && !(path == Path::Accelerated && without(kind));
         for kind in Kind::all().into_iter().filter(told) {
             steps.step(kind.title(), || {
                 let figures = match kind {

@@ -131,7 +131,7 @@ async fn running() -> Running {
     let Logging { control, flush, dispatch } =
         Logging::new("info".parse().unwrap(), LogFormat::Plain, std::io::sink());
     let sources = Sources {
-        telemetry: Telemetry::new(None, None),
+        telemetry: Telemetry::new(None, &[]),
         readiness: Readiness::default(),
         log: control,
         state: state.clone(),

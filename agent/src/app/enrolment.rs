@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -302,7 +303,8 @@ impl Enrolment {
         if let Some((dns, sockets)) = dns {
             kept = sockets.try_clone().map_err(EnrolError::Listen)?;
             let (node, pod, drain) = (self.node.clone(), pod.clone(), self.drain.clone());
-            serving.push(self.spawn(dns::serve(node, dns, pod, sockets, drain)));
+            serving
+                .push(self.spawn(&Handle::current(), dns::serve(node, dns, pod, sockets, drain)));
         }
         let (home, spec) = (want.home.clone(), want.spec.clone());
         let enrolled = EnrolledPod { pod: pod.clone(), home, spec, listeners, dns: kept };
@@ -373,22 +375,31 @@ impl Enrolment {
 
     fn serve(&self, pod: &Arc<Pod>, listeners: &Listeners) -> std::io::Result<Vec<JoinHandle<()>>> {
         let Listeners { outbound, plaintext, hbone } = listeners.try_clone()?;
+        let worker = self.node.workers.next();
+        let _sockets_are_its = worker.enter();
         let outbound = TcpListener::from_std(outbound)?;
         let plaintext = TcpListener::from_std(plaintext)?;
         let hbone = TcpListener::from_std(hbone)?;
         let own = || (self.node.clone(), pod.clone());
         let ((a, b), (c, d), (e, f)) = (own(), own(), own());
         Ok(vec![
-            self.spawn(outbound::serve(a, b, outbound, self.drain.clone())),
-            self.spawn(inbound::serve_plaintext(c, d, plaintext, self.drain.clone())),
-            self.spawn(inbound::serve_hbone(e, f, hbone, self.drain.clone())),
+            self.spawn(
+                &worker,
+                outbound::serve(a, b, outbound, self.drain.clone(), inbound::serve_retracted),
+            ),
+            self.spawn(&worker, inbound::serve_plaintext(c, d, plaintext, self.drain.clone())),
+            self.spawn(&worker, inbound::serve_hbone(e, f, hbone, self.drain.clone())),
         ])
     }
 
     /// Serves once this agent may.
-    fn spawn(&self, serving: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+    fn spawn(
+        &self,
+        worker: &Handle,
+        serving: impl Future<Output = ()> + Send + 'static,
+    ) -> JoinHandle<()> {
         let open = self.open.clone();
-        tokio::spawn(async move {
+        worker.spawn(async move {
             open.cancelled().await;
             serving.await;
         })

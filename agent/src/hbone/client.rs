@@ -6,20 +6,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::task::{Context, Poll};
 
-use bytes::Bytes;
-use h2::Reason;
-use h2::client::SendRequest;
 use http::{HeaderMap, Request, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
 
+use super::Settings;
+use super::drive::Drive;
+use super::frame::Reason;
 use super::keepalive::KeepAlive;
-use super::stream::{HboneStream, Place};
+use super::mux::{ConnectionError, Mux, Role, request_block};
+use super::stream::{Handle, HboneStream, Place, StreamError};
 use super::windows::PeerWindows;
-use super::wire::{Flusher, Wire, wire};
-use super::{REMEMBER_RESETS, REMEMBERED_RESETS, SEND_BUFFER, Settings};
 
 /// How long a fresh connection may keep others waiting for the peer's SETTINGS.
 const SETTLE: std::time::Duration = std::time::Duration::from_millis(100);
@@ -39,9 +38,9 @@ pub enum RequestError {
     /// The connection is going away and has not seen the request, or refused the stream unseen
     /// (RFC 9113 section 8.7): it may be repeated elsewhere.
     #[error("h2 failed: {0}")]
-    Unprocessed(h2::Error),
+    Unprocessed(StreamError),
     #[error("h2 failed: {0}")]
-    Failed(h2::Error),
+    Failed(StreamError),
     /// The connection was cut off before the answer; see [`Driver::run`].
     #[error("the tunnel connection was cut off")]
     CutOff,
@@ -57,21 +56,37 @@ pub struct Accepted {
 }
 
 /// A handle to one connection; its streams go on when it is dropped.
-#[derive(Clone)]
 pub struct Connection {
-    send: SendRequest<Bytes>,
     pub(super) shared: Arc<Shared>,
 }
 
 /// What the handle, its streams and its driver share.
 pub(super) struct Shared {
+    mux: Arc<Mux>,
     pub(super) peer: Arc<PeerWindows>,
+    /// How many [`Connection`]s there are: without any, the connection ends with its last stream.
+    handles: AtomicUsize,
     open: AtomicUsize,
     ended: AtomicBool,
     streams_per_connection: usize,
     /// Told whenever a stream ends.
     freed: Arc<Notify>,
     cut_off: CancellationToken,
+}
+
+impl Clone for Connection {
+    fn clone(&self) -> Self {
+        self.shared.handles.fetch_add(1, Relaxed);
+        Self { shared: self.shared.clone() }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if self.shared.handles.fetch_sub(1, Relaxed) == 1 {
+            self.shared.mux.wake_driver();
+        }
+    }
 }
 
 impl Shared {
@@ -87,6 +102,16 @@ impl Shared {
 
     pub(super) fn open_streams(&self) -> usize {
         self.open.load(Relaxed)
+    }
+
+    /// Streams that have been waiting for the peer's window for at least `time`.
+    pub(super) fn stalled_streams(&self, time: std::time::Duration) -> usize {
+        self.mux.stalled_streams(time)
+    }
+
+    /// Nobody will open another stream, and the last one has ended.
+    fn is_abandoned(&self) -> bool {
+        self.handles.load(Relaxed) == 0 && self.open_streams() == 0
     }
 
     pub(super) fn is_usable(&self) -> bool {
@@ -107,7 +132,7 @@ impl Drop for TakenPlace {
     fn drop(&mut self) {
         self.0.open.fetch_sub(1, Relaxed);
         self.0.freed.notify_waiters();
-        self.0.peer.driver.wake();
+        self.0.mux.wake_driver();
     }
 }
 
@@ -123,66 +148,52 @@ impl Connection {
         request: Request<()>,
         place: TakenPlace,
     ) -> Result<Accepted, RequestError> {
-        let mut send = self.send.clone().ready().await.map_err(RequestError::Unprocessed)?;
-        let (answer, stream) =
-            send.send_request(request, false).map_err(RequestError::Unprocessed)?;
-        let answer = tokio::select! {
-            answer = answer => answer.map_err(failure)?,
+        let mux = &self.shared.mux;
+        let unprocessed = |error: ConnectionError| {
+            RequestError::Unprocessed(StreamError::Broken(error.to_string()))
+        };
+        let id = mux.lock().open(&request_block(&request)).map_err(unprocessed)?;
+        let handle = Handle { mux: mux.clone(), id, held: 0 };
+        let answer = std::future::poll_fn(|cx| mux.lock().poll_answer(cx, id));
+        let head = tokio::select! {
+            answer = answer => answer.map_err(|error| match mux.lock().is_unprocessed(id) {
+                true => RequestError::Unprocessed(error),
+                false => RequestError::Failed(error),
+            })?,
             () = self.shared.cut_off.cancelled() => return Err(RequestError::CutOff),
         };
-        let (head, body) = answer.into_parts();
         if head.status != StatusCode::OK {
             let headers = Box::new(head.headers);
             return Err(RequestError::Refused { status: head.status, headers });
         }
         let place: Place = Some(Box::new(place));
-        let stream = HboneStream::new(stream, body, self.shared.peer.clone(), place);
         let cut_off = self.shared.cut_off.clone();
-        Ok(Accepted { stream, headers: head.headers, cut_off })
+        Ok(Accepted { stream: HboneStream::new(handle, place), headers: head.headers, cut_off })
     }
 }
 
-/// Whether the peer promised that it has not acted on the request.
-fn failure(error: h2::Error) -> RequestError {
-    let refused = error.is_reset() && error.reason() == Some(Reason::REFUSED_STREAM);
-    let gone = error.is_go_away() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR);
-    if refused || gone { RequestError::Unprocessed(error) } else { RequestError::Failed(error) }
-}
-
 /// Starts HTTP/2 on a verified TLS stream. The driver must be run for the connection to move.
-pub async fn handshake<T>(io: T, settings: &Settings) -> Result<(Connection, Driver<T>), h2::Error>
+pub fn handshake<T>(io: T, settings: &Settings) -> (Connection, Driver<T>)
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
-    handshake_with(io, settings, Arc::default()).await
+    handshake_with(io, settings, Arc::default())
 }
 
-pub(super) async fn handshake_with<T>(
+pub(super) fn handshake_with<T>(
     io: T,
     settings: &Settings,
     freed: Arc<Notify>,
-) -> Result<(Connection, Driver<T>), h2::Error>
+) -> (Connection, Driver<T>)
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
-    let peer = PeerWindows::new(settings.stream_window, settings.streams_per_connection);
-    let (wire, flusher) = wire(io, 0, peer.clone());
-    let (send, mut connection) = h2::client::Builder::new()
-        .enable_push(false)
-        .initial_window_size(settings.stream_window)
-        .initial_connection_window_size(settings.connection_window())
-        .max_frame_size(settings.max_frame)
-        .max_header_list_size(settings.client_header_list)
-        .max_send_buffer_size(SEND_BUFFER)
-        .max_concurrent_reset_streams(REMEMBERED_RESETS)
-        .reset_stream_duration(REMEMBER_RESETS)
-        .data_frame_budget(settings.connection_window() as usize)
-        .handshake(wire)
-        .await?;
-    let keepalive =
-        KeepAlive::new(connection.ping_pong(), settings.ping_interval, settings.ping_timeout);
+    let mux = Mux::new(Role::Client, settings);
+    let peer = mux.lock().peer.clone();
     let shared = Arc::new(Shared {
+        mux: mux.clone(),
         peer,
+        handles: AtomicUsize::new(1),
         open: AtomicUsize::new(0),
         ended: AtomicBool::new(false),
         streams_per_connection: settings.streams_per_connection,
@@ -190,24 +201,25 @@ where
         cut_off: CancellationToken::new(),
     });
     let driver = Driver {
-        connection,
-        flusher,
-        keepalive,
+        drive: Drive::new(io, mux),
+        keepalive: KeepAlive::new(settings.ping_interval, settings.ping_timeout),
         shared: shared.clone(),
         settling: Some(Settling { _guard: None, alarm: Box::pin(tokio::time::sleep(SETTLE)) }),
         idle: None,
+        is_leaving: false,
     };
-    Ok((Connection { send, shared }, driver))
+    (Connection { shared }, driver)
 }
 
 /// Moves the frames of one connection. Dropping it resets all streams abnormally.
 pub struct Driver<T> {
-    connection: h2::client::Connection<Wire<T>, Bytes>,
-    flusher: Flusher<T>,
+    drive: Drive<T>,
     keepalive: KeepAlive,
     shared: Arc<Shared>,
     settling: Option<Settling>,
     idle: Option<Idle>,
+    /// The peer has been told that nothing more comes.
+    is_leaving: bool,
 }
 
 struct Settling {
@@ -297,14 +309,20 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Future for Driver<T> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = self.get_mut();
-        this.shared.peer.driver.register(cx.waker());
-        let ended = Pin::new(&mut this.connection).poll(cx).is_ready();
-        let broken = matches!(this.flusher.poll_flush(cx), Poll::Ready(Err(_)));
-        this.poll_settled(cx);
-        let silent = this.keepalive.poll_unanswered(cx).is_ready();
+        let failed = this.drive.poll_read(cx).is_ready();
+        let silent = this.keepalive.poll_unanswered(cx, &this.shared.mux).is_ready();
         let idle = this.poll_idle(cx).is_ready();
         let cut_off = this.shared.cut_off.is_cancelled() && this.shared.open_streams() == 0;
-        if ended || broken || silent || idle || cut_off {
+        if this.shared.is_abandoned() && !this.is_leaving {
+            this.is_leaving = true;
+            this.shared.mux.lock().say_goodbye(Reason::NO_ERROR);
+        }
+        let left = this.is_leaving && this.drive.poll_shutdown(cx).is_ready();
+        if !this.is_leaving {
+            let _again_when_there_is_room = this.drive.poll_write(cx);
+        }
+        this.poll_settled(cx);
+        if failed || silent || idle || cut_off || left {
             return Poll::Ready(());
         }
         Poll::Pending
@@ -314,6 +332,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Future for Driver<T> {
 impl<T> Drop for Driver<T> {
     fn drop(&mut self) {
         self.shared.ended.store(true, Relaxed);
+        self.shared.mux.lock().fail(ConnectionError::Ended);
         self.shared.freed.notify_waiters();
     }
 }

@@ -58,8 +58,6 @@ pub enum ConnectError<E> {
     /// No verified TLS connection to the next hop.
     #[error("{0}")]
     Dial(E),
-    #[error("http2 handshake failed: {0}")]
-    Handshake(h2::Error),
     #[error(transparent)]
     Request(#[from] RequestError),
     #[error(transparent)]
@@ -175,9 +173,7 @@ impl Pool {
             }
             let Dialled { io, cut_off } = dial().await.map_err(ConnectError::Dial)?;
             let (connection, mut driver) =
-                client::handshake_with(io, &self.shared.settings, hop.freed.clone())
-                    .await
-                    .map_err(ConnectError::Handshake)?;
+                client::handshake_with(io, &self.shared.settings, hop.freed.clone());
             let place = connection.shared.take_place();
             driver.hold_until_settled(Box::new(guard));
             self.shared
@@ -237,7 +233,7 @@ impl Hop {
                 .map(|(_, connection)| connection)
                 .filter(|connection| connection.shared.peer.is_settled())
                 .filter(|connection| free(connection.shared.limit(), connection))
-                .filter(|connection| connection.shared.peer.stalled_streams(STALLED) == 0)
+                .filter(|connection| connection.shared.stalled_streams(STALLED) == 0)
                 .min_by_key(|connection| connection.shared.open_streams())?,
         };
         Some((chosen.clone(), chosen.shared.take_place()))

@@ -1,29 +1,22 @@
 //! The server role on one tunnel connection.
 
 use std::future::Future;
-use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
-use h2::server::SendResponse;
-use h2::{Reason, RecvStream};
-use http::request::Parts;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, Interval, MissedTickBehavior, Sleep};
 
+use super::Settings;
+use super::drive::Drive;
+use super::frame::Reason;
 use super::keepalive::KeepAlive;
-use super::stream::{HboneStream, StreamError};
-use super::windows::PeerWindows;
-use super::wire::{Flusher, Wire, wire};
-use super::{REMEMBER_RESETS, REMEMBERED_RESETS, SEND_BUFFER, Settings};
-
-/// Bytes of the client's connection preface (RFC 9113 section 3.4).
-const PREFACE: u64 = 24;
+use super::mux::{Arrived, ConnectionError, Mux, Role};
+use super::stream::{Handle, HboneStream, StreamError};
 
 /// Time for a last GOAWAY to leave.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -37,11 +30,9 @@ pub enum ServeError {
     #[error("no http2 preface within {0:?}")]
     NoPreface(Duration),
     #[error("http2 handshake failed: {0}")]
-    Handshake(h2::Error),
+    Handshake(ConnectionError),
     #[error("h2 failed: {0}")]
-    Connection(h2::Error),
-    #[error("tunnel connection broke: {0}")]
-    Io(io::Error),
+    Connection(ConnectionError),
     #[error("the peer left a ping unanswered for {0:?}")]
     PingTimeout(Duration),
 }
@@ -51,10 +42,8 @@ impl ServeError {
     pub fn is_fault_of_peer(&self) -> bool {
         match self {
             Self::NoPreface(_) => true,
-            Self::Handshake(error) | Self::Connection(error) => {
-                !error.is_io() && !error.is_remote()
-            }
-            Self::Io(_) | Self::PingTimeout(_) => false,
+            Self::Handshake(error) | Self::Connection(error) => error.is_fault(),
+            Self::PingTimeout(_) => false,
         }
     }
 }
@@ -63,50 +52,54 @@ impl ServeError {
 ///
 /// Dropped without an answer it is reset.
 pub struct Request {
-    head: Parts,
-    recv: RecvStream,
-    respond: SendResponse<Bytes>,
-    peer: Arc<PeerWindows>,
+    method: Method,
+    authority: String,
+    headers: HeaderMap,
+    stream: Handle,
 }
 
 impl Request {
     /// Anything but CONNECT deserves a 400.
     pub fn method(&self) -> &Method {
-        &self.head.method
+        &self.method
     }
 
     /// `:authority` as the peer wrote it; empty if there was none.
     pub fn authority(&self) -> &str {
-        self.head.uri.authority().map_or("", |authority| authority.as_str())
+        &self.authority
     }
 
     pub fn headers(&self) -> &HeaderMap {
-        &self.head.headers
+        &self.headers
     }
 
     /// Ready when the peer has given the request up before it was answered.
     pub fn poll_withdrawn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.respond.poll_reset(cx).map(|_| ())
+        match self.stream.mux.lock().stream(self.stream.id) {
+            Some(stream) => stream.poll_reset(cx).map(|_| ()),
+            None => Poll::Ready(()),
+        }
     }
 
     /// Answers 200; `baggage` describes the destination workload.
-    pub fn accept(mut self, baggage: Option<&str>) -> Result<HboneStream, StreamError> {
-        let mut response = Response::new(());
+    pub fn accept(self, baggage: Option<&str>) -> Result<HboneStream, StreamError> {
+        let mut headers = HeaderMap::new();
         if let Some(Ok(baggage)) = baggage.map(HeaderValue::from_str) {
-            response.headers_mut().insert(HeaderName::from_static("baggage"), baggage);
+            headers.insert(HeaderName::from_static("baggage"), baggage);
         }
-        let sent = self.respond.send_response(response, false);
-        let send = sent.map_err(|error| StreamError::from_h2(&error))?;
-        Ok(HboneStream::new(send, self.recv, self.peer, None))
+        let stream = self.stream;
+        stream.mux.lock().answer(stream.id, StatusCode::OK, &headers, false)?;
+        Ok(HboneStream::new(stream, None))
     }
 
     /// Answers with HEADERS and END_STREAM.
-    pub fn refuse(mut self, status: StatusCode, headers: HeaderMap) {
-        let mut response = Response::new(());
-        *response.status_mut() = status;
-        *response.headers_mut() = headers;
+    pub fn refuse(self, status: StatusCode, headers: HeaderMap) {
+        let Handle { mux, id, .. } = &self.stream;
+        let mut state = mux.lock();
         // Fails only if the peer has withdrawn the request or is gone.
-        let _ = self.respond.send_response(response, true);
+        let _ = state.answer(*id, status, &headers, true);
+        // What else it would send is not read (RFC 9113 section 8.1).
+        state.reset(*id, Reason::NO_ERROR);
     }
 }
 
@@ -126,7 +119,7 @@ where
     H: Fn(Request) -> F,
     F: Future<Output = ()> + Send + 'static,
 {
-    let mut server = Server::handshake(io, settings).await?;
+    let mut server = Server::new(io, settings);
     let mut drain = pin!(drain);
     let mut draining = false;
     loop {
@@ -144,12 +137,12 @@ where
             }
             Event::Drain(deadline) => {
                 draining = true;
-                server.connection.graceful_shutdown();
+                server.mux.lock().leave();
                 server.deadline = Some(Box::pin(tokio::time::sleep_until(deadline)));
             }
             Event::Stalled => {
                 server.stall_check = None;
-                server.connection.graceful_shutdown();
+                server.mux.lock().leave();
             }
             Event::Deadline => {
                 server.say_goodbye().await;
@@ -159,11 +152,17 @@ where
                 server.say_goodbye().await;
                 return Err(ServeError::PingTimeout(settings.ping_timeout));
             }
-            Event::Closed(Ok(())) => {
+            Event::NoPreface => return Err(ServeError::NoPreface(settings.preface)),
+            Event::Left => {
+                server.shut_down().await;
                 server.finish_tasks().await;
                 return Ok(());
             }
-            Event::Closed(Err(error)) => return Err(error),
+            Event::Failed(ConnectionError::Closed) => {
+                server.finish_tasks().await;
+                return Ok(());
+            }
+            Event::Failed(error) => return Err(server.failed(error).await),
         }
     }
 }
@@ -175,76 +174,59 @@ enum Event {
     Stalled,
     Deadline,
     PingTimeout,
-    Closed(Result<(), ServeError>),
+    NoPreface,
+    /// We have left, and the last stream has ended.
+    Left,
+    Failed(ConnectionError),
 }
 
 struct Server<T> {
-    connection: h2::server::Connection<Wire<T>, Bytes>,
-    flusher: Flusher<T>,
-    peer: Arc<PeerWindows>,
+    drive: Drive<T>,
+    mux: Arc<Mux>,
     keepalive: KeepAlive,
     tasks: JoinSet<()>,
     max_tasks: usize,
+    /// Until when the client's preface has to come; gone once it has.
+    preface: Option<Pin<Box<Sleep>>>,
     deadline: Option<Pin<Box<Sleep>>>,
     /// Gone once the connection was retired.
     stall_check: Option<Interval>,
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
-    async fn handshake(io: T, settings: &Settings) -> Result<Self, ServeError> {
-        let peer = PeerWindows::new(settings.stream_window, settings.streams_per_connection);
-        let (wire, flusher) = wire(io, PREFACE, peer.clone());
-        let handshake = h2::server::Builder::new()
-            .initial_window_size(settings.stream_window)
-            .initial_connection_window_size(settings.connection_window())
-            .max_concurrent_streams(settings.max_streams)
-            .max_frame_size(settings.max_frame)
-            .max_header_list_size(settings.server_header_list)
-            .max_send_buffer_size(SEND_BUFFER)
-            .max_concurrent_reset_streams(REMEMBERED_RESETS)
-            .reset_stream_duration(REMEMBER_RESETS)
-            .max_pending_accept_reset_streams(settings.max_streams as usize)
-            .data_frame_budget(settings.connection_window() as usize)
-            .handshake::<_, Bytes>(wire);
-        let mut handshake = pin!(handshake);
-        // Our SETTINGS leave before the client's preface has come.
-        let handshake = std::future::poll_fn(|cx| {
-            let done = handshake.as_mut().poll(cx);
-            if let Poll::Ready(Err(error)) = flusher.poll_flush(cx) {
-                return Poll::Ready(Err(ServeError::Io(error)));
-            }
-            done.map_err(ServeError::Handshake)
-        });
-        let mut connection = tokio::time::timeout(settings.preface, handshake)
-            .await
-            .unwrap_or(Err(ServeError::NoPreface(settings.preface)))?;
-        let keepalive =
-            KeepAlive::new(connection.ping_pong(), settings.ping_interval, settings.ping_timeout);
+    fn new(io: T, settings: &Settings) -> Self {
+        let mux = Mux::new(Role::Server, settings);
         let mut stall_check = tokio::time::interval(STALLED);
         stall_check.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Ok(Self {
-            connection,
-            flusher,
-            peer,
-            keepalive,
+        Self {
+            drive: Drive::new(io, mux.clone()),
+            mux,
+            keepalive: KeepAlive::new(settings.ping_interval, settings.ping_timeout),
             tasks: JoinSet::new(),
             max_tasks: settings.max_streams as usize,
+            preface: Some(Box::pin(tokio::time::sleep(settings.preface))),
             deadline: None,
             stall_check: Some(stall_check),
-        })
+        }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
         while let Poll::Ready(Some(_)) = self.tasks.poll_join_next(cx) {}
-        let moved = self.poll_connection(cx);
-        if let Poll::Ready(Err(error)) = self.flusher.poll_flush(cx) {
-            return Poll::Ready(Event::Closed(Err(ServeError::Io(error))));
+        let read = self.drive.poll_read(cx);
+        let silent =
+            self.preface.is_none() && self.keepalive.poll_unanswered(cx, &self.mux).is_ready();
+        let _again_when_there_is_room = self.drive.poll_write(cx);
+        if let Some(event) = self.next_event() {
+            return Poll::Ready(event);
         }
-        if moved.is_ready() {
-            return moved;
+        if let Poll::Ready(error) = read {
+            return Poll::Ready(Event::Failed(error));
         }
-        if self.keepalive.poll_unanswered(cx).is_ready() {
+        if silent {
             return Poll::Ready(Event::PingTimeout);
+        }
+        if self.preface.as_mut().is_some_and(|preface| preface.as_mut().poll(cx).is_ready()) {
+            return Poll::Ready(Event::NoPreface);
         }
         if self.deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready()) {
             return Poll::Ready(Event::Deadline);
@@ -254,30 +236,27 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
 
     /// A client may have many more tasks running here than streams open, when it resets streams
     /// that are being connected. No more are accepted then.
-    fn poll_connection(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
-        let closed =
-            |result: Result<(), h2::Error>| Event::Closed(result.map_err(ServeError::Connection));
-        if self.tasks.len() >= self.max_tasks {
-            return self.connection.poll_closed(cx).map(closed);
+    fn next_event(&mut self) -> Option<Event> {
+        let mut state = self.mux.lock();
+        if self.preface.is_some() && state.has_preface() {
+            self.preface = None;
         }
-        match ready!(self.connection.poll_accept(cx)) {
-            None => Poll::Ready(closed(Ok(()))),
-            Some(Err(error)) => Poll::Ready(closed(Err(error))),
-            Some(Ok((request, respond))) => {
-                let (head, recv) = request.into_parts();
-                let peer = self.peer.clone();
-                Poll::Ready(Event::Request(Box::new(Request { head, recv, respond, peer })))
-            }
+        let accepted = if self.tasks.len() < self.max_tasks { state.accept() } else { None };
+        if let Some(Arrived { stream, method, authority, headers }) = accepted {
+            let stream = Handle { mux: self.mux.clone(), id: stream, held: 0 };
+            let request = Request { method, authority, headers, stream };
+            return Some(Event::Request(Box::new(request)));
         }
+        state.has_left().then_some(Event::Left)
     }
 
     fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<Event> {
-        let safe = self.peer.safe_streams();
-        let Some(check) = self.stall_check.as_mut().filter(|_| self.peer.is_scarce()) else {
+        let peer = self.mux.lock().peer.clone();
+        let Some(check) = self.stall_check.as_mut().filter(|_| peer.is_scarce()) else {
             return Poll::Pending;
         };
         while check.poll_tick(cx).is_ready() {
-            if self.peer.stalled_streams(STALLED) >= (safe - 1).max(1) {
+            if self.mux.stalled_streams(STALLED) >= (peer.safe_streams() - 1).max(1) {
                 return Poll::Ready(Event::Stalled);
             }
         }
@@ -298,16 +277,34 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Server<T> {
 
     /// GOAWAY, and all streams end abnormally.
     async fn say_goodbye(&mut self) {
-        self.connection.abrupt_shutdown(Reason::NO_ERROR);
-        let closed = std::future::poll_fn(|cx| {
-            let closed = self.connection.poll_closed(cx);
-            let flushed = self.flusher.poll_flush(cx);
-            if closed.is_ready() || matches!(flushed, Poll::Ready(Err(_))) {
-                return Poll::Ready(());
-            }
-            Poll::Pending
-        });
-        let _ = tokio::time::timeout(GOODBYE, closed).await;
+        {
+            let mut state = self.mux.lock();
+            state.say_goodbye(Reason::NO_ERROR);
+            state.fail(ConnectionError::Ended);
+        }
+        self.shut_down().await;
+    }
+
+    async fn failed(&mut self, error: ConnectionError) -> ServeError {
+        if error.is_fault() {
+            self.shut_down().await;
+        }
+        match self.preface {
+            Some(_) => ServeError::Handshake(error),
+            None => ServeError::Connection(error),
+        }
+    }
+
+    async fn shut_down(&mut self) {
+        let shut_down = std::future::poll_fn(|cx| self.drive.poll_shutdown(cx));
+        let _ = tokio::time::timeout(GOODBYE, shut_down).await;
+    }
+}
+
+impl<T> Drop for Server<T> {
+    /// What runs on the connection learns that it is gone.
+    fn drop(&mut self) {
+        self.mux.lock().fail(ConnectionError::Ended);
     }
 }
 

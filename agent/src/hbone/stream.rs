@@ -5,24 +5,12 @@ use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
-use bytes::{BufMut, Bytes, BytesMut};
-use h2::{Reason, RecvStream, SendStream};
+use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::SEND_BUFFER;
-use super::windows::{PeerWindows, StreamWindow};
-
-/// Chunks below this are gathered while others wait before them, so that a stalled reader's many
-/// small messages do not each keep a whole read buffer alive (nor use up what `h2` allows a
-/// connection in small frames).
-const COMPACTED: usize = 4 << 10;
-
-/// How long the last data before a reset has to leave.
-const LEAVE: Duration = Duration::from_millis(100);
-/// How often it is looked whether it has.
-const LOOK_AGAIN: Duration = Duration::from_millis(1);
+use super::frame::Reason;
+use super::mux::{Mux, Received, Sink};
 
 /// Why a stream ended without END_STREAM.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -38,15 +26,6 @@ pub enum StreamError {
     Finished,
 }
 
-impl StreamError {
-    pub(super) fn from_h2(error: &h2::Error) -> Self {
-        match error.reason() {
-            Some(reason) if error.is_reset() => StreamError::Reset(reason),
-            _ => StreamError::Broken(error.to_string()),
-        }
-    }
-}
-
 impl From<StreamError> for io::Error {
     fn from(error: StreamError) -> Self {
         let kind = match error {
@@ -57,216 +36,134 @@ impl From<StreamError> for io::Error {
     }
 }
 
+/// What stops bytes on their way between a stream and whoever fills or takes it.
+#[derive(Debug, thiserror::Error)]
+pub enum TransferError {
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// The other side of the stream's user.
+    #[error(transparent)]
+    User(io::Error),
+}
+
 /// A CONNECT stream after its 200, in either role.
 ///
 /// It counts against its connection until it is dropped. Dropping it before both directions have
 /// ended resets it with CANCEL.
 pub struct HboneStream {
-    send: SendStream<Bytes>,
-    recv: RecvStream,
-    windows: Windows,
-    sending: Sending,
-    receiving: Receiving,
-    received: VecDeque<Bytes>,
-    /// The newest small chunks, not yet in `received`.
-    compacted: BytesMut,
-    /// Consumed bytes whose window is not yet returned.
-    unreturned: usize,
+    stream: Handle,
+    /// Taken over from the connection and not yet consumed.
+    received: VecDeque<BytesMut>,
+    /// END_STREAM was seen.
+    finished: bool,
+    failed: Option<StreamError>,
+    _place: Place,
 }
 
-/// Keeps the stream's place on its connection.
-struct Windows {
-    id: u32,
-    peer: Arc<PeerWindows>,
-    stream: Arc<StreamWindow>,
-    sent: u64,
-    waiting: bool,
-    _place: Place,
+/// Keeps a stream on its connection.
+pub(super) struct Handle {
+    pub(super) mux: Arc<Mux>,
+    pub(super) id: u32,
+    /// Bytes taken over and not consumed.
+    pub(super) held: u32,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.mux.lock().release(self.id, self.held);
+    }
 }
 
 /// Released when the stream is dropped.
 pub(super) type Place = Option<Box<dyn Send + Sync>>;
 
-#[derive(Debug, PartialEq, Eq)]
-enum Sending {
-    Open,
-    Finished,
-}
-
-#[derive(Debug)]
-enum Receiving {
-    Open,
-    /// END_STREAM came, with nothing or NO_ERROR after it.
-    Finished,
-    Failed(StreamError),
-}
-
-impl Drop for Windows {
-    fn drop(&mut self) {
-        self.peer.close(self.id);
-    }
-}
-
 impl HboneStream {
-    pub(super) fn new(
-        send: SendStream<Bytes>,
-        recv: RecvStream,
-        peer: Arc<PeerWindows>,
-        place: Place,
-    ) -> Self {
-        let id = send.stream_id().as_u32();
-        let stream = peer.open(id);
-        let windows = Windows { id, peer, stream, sent: 0, waiting: false, _place: place };
-        Self {
-            send,
-            recv,
-            windows,
-            sending: Sending::Open,
-            receiving: Receiving::Open,
-            received: VecDeque::new(),
-            compacted: BytesMut::new(),
-            unreturned: 0,
-        }
+    pub(super) fn new(stream: Handle, place: Place) -> Self {
+        let received = VecDeque::new();
+        Self { stream, received, finished: false, failed: None, _place: place }
     }
 
-    /// How many bytes, at most `wanted`, may be sent now. They are set aside for this stream until
-    /// they are sent or [`HboneStream::forgo_sending`] is called.
-    pub fn poll_sendable(
+    /// Sends what `fill` writes to a buffer of at most `wanted` bytes, as soon as the peer and the
+    /// socket have room for more; gives how many bytes that were, and 0 when `fill` wrote nothing.
+    pub fn poll_send(
         &mut self,
         cx: &mut Context<'_>,
         wanted: usize,
-    ) -> Poll<Result<usize, StreamError>> {
-        if self.sending == Sending::Finished {
-            return Poll::Ready(Err(StreamError::Finished));
-        }
-        let allowed = match self.windows.poll_allowed(cx, wanted.max(1)) {
-            Poll::Ready(allowed) => allowed,
-            Poll::Pending => {
-                let reset = ready!(self.poll_peer_reset(cx));
-                return Poll::Ready(Err(reset));
-            }
-        };
-        self.send.reserve_capacity(allowed);
-        loop {
-            let capacity = self.send.capacity();
-            if capacity > 0 {
-                self.windows.set_waiting(false);
-                return Poll::Ready(Ok(capacity.min(allowed)));
-            }
-            match self.send.poll_capacity(cx) {
-                Poll::Ready(Some(Ok(_))) => {}
-                Poll::Ready(Some(Err(error))) => {
-                    return Poll::Ready(Err(StreamError::from_h2(&error)));
-                }
-                Poll::Ready(None) => {
-                    let reset = ready!(self.poll_peer_reset(cx));
-                    return Poll::Ready(Err(reset));
-                }
-                Poll::Pending => {
-                    self.windows.set_waiting(true);
-                    return Poll::Pending;
-                }
-            }
-        }
-    }
-
-    /// Gives back what [`HboneStream::poll_sendable`] has set aside, if others could lack it.
-    pub fn forgo_sending(&mut self) {
-        if self.windows.peer.is_scarce() {
-            self.send.reserve_capacity(0);
-        }
-    }
-
-    /// Sends at most as many bytes as [`HboneStream::poll_sendable`] allowed. More would be kept
-    /// in memory until the peer allows them.
-    pub fn send(&mut self, data: Bytes) -> Result<(), StreamError> {
-        let bytes = data.len() as u64;
-        self.send.send_data(data, false).map_err(|error| self.send_failure(&error))?;
-        self.windows.note_sent(bytes);
-        Ok(())
+        fill: impl FnOnce(&mut [u8]) -> io::Result<usize>,
+    ) -> Poll<Result<usize, TransferError>> {
+        let fill = |buffer: &mut [u8]| fill(buffer).map_err(TransferError::User);
+        self.stream.mux.lock().poll_send(cx, self.stream.id, wanted, fill)
     }
 
     /// Ends the sending direction (END_STREAM); the other one goes on.
     pub fn finish(&mut self) -> Result<(), StreamError> {
-        if self.sending == Sending::Finished {
-            return Ok(());
-        }
-        self.send.send_data(Bytes::new(), true).map_err(|error| self.send_failure(&error))?;
-        self.sending = Sending::Finished;
-        Ok(())
-    }
-
-    /// Ends both directions abnormally. Data that has not left yet is dropped.
-    pub fn reset(&mut self, reason: Reason) {
-        self.sending = Sending::Finished;
-        self.send.send_reset(reason);
+        self.stream.mux.lock().finish(self.stream.id)
     }
 
     /// Ends both directions abnormally, after what was sent: an application that answers and then
     /// resets (because it closes without reading all of the request, say) has its answer delivered
-    /// by TCP as well. What cannot leave soon is dropped, for `h2` would keep it from leaving first.
-    pub async fn reset_after_sent(mut self, reason: Reason) {
-        let look = async {
-            while !self.has_left() {
-                tokio::time::sleep(LOOK_AGAIN).await;
-            }
-        };
-        let _ = tokio::time::timeout(LEAVE, look).await;
-        self.reset(reason);
+    /// by TCP as well.
+    pub fn reset(&mut self, reason: Reason) {
+        self.stream.mux.lock().reset(self.stream.id, reason);
     }
 
-    /// Whether nothing that was sent waits any more. `h2` tells it only like this: a stream with
-    /// all the window it could use may send as much as its buffer lacks.
-    fn has_left(&mut self) -> bool {
-        self.send.reserve_capacity(SEND_BUFFER);
-        self.send.capacity() >= SEND_BUFFER
+    /// Hands what arrives to `sink` from now on, without waking whoever holds this stream. What the
+    /// sink does not take at once is received here, and before anything that comes later.
+    pub fn deliver_to(&mut self, sink: Arc<dyn Sink>) {
+        self.stream.mux.lock().deliver_to(self.stream.id, sink);
     }
 
     /// Takes in all that has arrived, without returning window for it. Pending while the peer may
     /// send more; ready once it has finished or the stream has failed. What is in
     /// [`HboneStream::received`] stays readable in each case.
-    pub fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), StreamError>> {
-        loop {
-            match &self.receiving {
-                Receiving::Failed(error) => return Poll::Ready(Err(error.clone())),
-                Receiving::Finished => return Poll::Ready(Ok(())),
-                Receiving::Open => {}
+    pub fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TransferError>> {
+        if self.finished {
+            return Poll::Ready(Ok(()));
+        }
+        if let Some(error) = &self.failed {
+            return Poll::Ready(Err(error.clone().into()));
+        }
+        let mut state = self.stream.mux.lock();
+        let Some(stream) = state.stream(self.stream.id) else { return Poll::Ready(Ok(())) };
+        self.stream.held += stream.take_queue(&mut self.received);
+        let found = stream.poll_receive(cx);
+        match found {
+            Received::Open => Poll::Pending,
+            Received::Finished => {
+                self.finished = true;
+                Poll::Ready(Ok(()))
             }
-            match ready!(self.recv.poll_data(cx)) {
-                Some(Ok(chunk)) => self.take_in(chunk),
-                Some(Err(error)) => {
-                    self.receiving = Receiving::Failed(StreamError::from_h2(&error))
-                }
-                None => self.receiving = Receiving::Finished,
+            Received::Failed(error) => {
+                self.failed = Some(error.clone());
+                Poll::Ready(Err(error.into()))
             }
+            Received::Undelivered(error) => Poll::Ready(Err(TransferError::User(error))),
         }
     }
 
     /// Ready when the peer resets the stream or the connection breaks, also while only sending.
     /// NO_ERROR after END_STREAM (RFC 9113 section 8.1) counts: nothing sent will be read.
     pub fn poll_peer_reset(&mut self, cx: &mut Context<'_>) -> Poll<StreamError> {
-        match ready!(self.send.poll_reset(cx)) {
-            Ok(reason) => Poll::Ready(StreamError::Reset(reason)),
-            Err(error) => Poll::Ready(StreamError::from_h2(&error)),
+        match self.stream.mux.lock().stream(self.stream.id) {
+            Some(stream) => stream.poll_reset(cx),
+            None => Poll::Ready(StreamError::Finished),
         }
     }
 
     /// Whether the peer has sent END_STREAM and all of its data was taken in.
     pub fn is_receiving_finished(&self) -> bool {
-        matches!(self.receiving, Receiving::Finished)
+        self.finished
     }
 
     /// Whether received bytes wait to be consumed.
     pub fn has_received(&self) -> bool {
-        !self.received.is_empty() || !self.compacted.is_empty()
+        !self.received.is_empty()
     }
 
     /// The received bytes as slices for a vectored write; returns how many slices were filled.
     pub fn received<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> usize {
-        let tail = Some(self.compacted.as_ref()).filter(|tail| !tail.is_empty());
-        let chunks = self.received.iter().map(Bytes::as_ref).chain(tail);
         let mut filled = 0;
-        for (slot, chunk) in slices.iter_mut().zip(chunks) {
+        for (slot, chunk) in slices.iter_mut().zip(&self.received) {
             *slot = IoSlice::new(chunk);
             filled += 1;
         }
@@ -277,95 +174,25 @@ impl HboneStream {
     pub fn consume(&mut self, count: usize) {
         let mut left = count;
         while left > 0 {
-            match self.received.front_mut() {
-                Some(chunk) if chunk.len() > left => {
-                    let _ = chunk.split_to(left);
-                    left = 0;
-                }
-                Some(chunk) => {
-                    left -= chunk.len();
-                    self.received.pop_front();
-                }
-                None => {
-                    let _ = self.compacted.split_to(left.min(self.compacted.len()));
-                    left = 0;
-                }
+            let Some(chunk) = self.received.front_mut() else { break };
+            let taken = left.min(chunk.len());
+            chunk.advance(taken);
+            left -= taken;
+            if chunk.is_empty() {
+                self.received.pop_front();
             }
         }
-        if !self.has_received() {
-            self.compacted = BytesMut::new();
-            self.received.shrink_to(4);
-        }
-        self.unreturned += count;
-        if self.unreturned >= self.windows.peer.returned_together() {
-            // Refused only for a stream that has already ended, whose window is returned anyway.
-            let _ = self.recv.flow_control().release_capacity(self.unreturned);
-            self.unreturned = 0;
-        }
-    }
-
-    fn take_in(&mut self, chunk: Bytes) {
-        if chunk.is_empty() {
-            return;
-        }
-        if chunk.len() < COMPACTED && self.has_received() {
-            if self.compacted.capacity() - self.compacted.len() < chunk.len() {
-                self.push_compacted();
-                self.compacted = BytesMut::with_capacity(COMPACTED * 4);
+        let consumed = u32::try_from(count - left).unwrap_or(u32::MAX);
+        self.stream.held = self.stream.held.saturating_sub(consumed);
+        let mut state = self.stream.mux.lock();
+        if self.received.is_empty() {
+            // An idle stream keeps no room for chunks.
+            self.received = VecDeque::new();
+            if let Some(stream) = state.stream(self.stream.id) {
+                stream.is_drained();
             }
-            self.compacted.put_slice(&chunk);
-        } else {
-            self.push_compacted();
-            self.received.push_back(chunk);
         }
-    }
-
-    fn push_compacted(&mut self) {
-        if !self.compacted.is_empty() {
-            let compacted = std::mem::take(&mut self.compacted);
-            self.received.push_back(compacted.freeze());
-        }
-    }
-
-    /// `h2` answers a send after the peer's reset with a usage error; the reset is the reason.
-    fn send_failure(&mut self, error: &h2::Error) -> StreamError {
-        let mut cx = Context::from_waker(std::task::Waker::noop());
-        match self.poll_peer_reset(&mut cx) {
-            Poll::Ready(reset) => reset,
-            Poll::Pending => StreamError::from_h2(error),
-        }
-    }
-}
-
-impl Windows {
-    fn poll_allowed(&mut self, cx: &mut Context<'_>, wanted: usize) -> Poll<usize> {
-        let Some(limit) = self.peer.unacknowledged_limit() else { return Poll::Ready(wanted) };
-        let mut room = self.room(limit);
-        if room == 0 {
-            self.stream.waker.register(cx.waker());
-            room = self.room(limit);
-        }
-        if room == 0 {
-            self.set_waiting(true);
-            return Poll::Pending;
-        }
-        Poll::Ready(wanted.min(usize::try_from(room).unwrap_or(wanted)))
-    }
-
-    fn room(&self, limit: u64) -> u64 {
-        limit.saturating_sub(self.sent.saturating_sub(self.stream.acknowledged()))
-    }
-
-    fn note_sent(&mut self, bytes: u64) {
-        self.sent += bytes;
-        self.peer.note_sent(bytes);
-    }
-
-    fn set_waiting(&mut self, waiting: bool) {
-        if self.waiting != waiting {
-            self.waiting = waiting;
-            self.stream.set_waiting(waiting);
-        }
+        state.consume(self.stream.id, consumed);
     }
 }
 
@@ -389,6 +216,15 @@ impl AsyncRead for HboneStream {
     }
 }
 
+impl From<TransferError> for io::Error {
+    fn from(error: TransferError) -> Self {
+        match error {
+            TransferError::Stream(error) => error.into(),
+            TransferError::User(error) => error,
+        }
+    }
+}
+
 impl AsyncWrite for HboneStream {
     fn poll_write(
         self: Pin<&mut Self>,
@@ -398,11 +234,15 @@ impl AsyncWrite for HboneStream {
         if buf.is_empty() {
             return Poll::Ready(Ok(0));
         }
-        let this = self.get_mut();
-        let count = ready!(this.poll_sendable(cx, buf.len()))?;
-        let data = Bytes::copy_from_slice(buf.get(..count).unwrap_or(buf));
-        let count = data.len();
-        this.send(data)?;
+        let copy = |room: &mut [u8]| {
+            let count = room.len().min(buf.len());
+            let (room, data) = (room.get_mut(..count), buf.get(..count));
+            if let (Some(room), Some(data)) = (room, data) {
+                room.copy_from_slice(data);
+            }
+            Ok(count)
+        };
+        let count = ready!(self.get_mut().poll_send(cx, buf.len(), copy))?;
         Poll::Ready(Ok(count))
     }
 

@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use bytes::Bytes;
-use h2::Reason;
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
@@ -356,7 +355,7 @@ async fn many_tiny_messages_to_a_stalled_reader_cost_their_size_only() {
         };
         let _ = serve(far, &served, reading_late, std::future::pending()).await;
     });
-    let (connection, driver) = client::handshake(near, &settings).await.unwrap();
+    let (connection, driver) = client::handshake(near, &settings);
     tokio::spawn(driver);
     let request = headers(1).request().unwrap();
     let mut stream = connection.connect(request).await.unwrap().stream;

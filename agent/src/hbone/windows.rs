@@ -1,8 +1,5 @@
 //! What the peer of one connection lets us send, and how streams share it.
 //!
-//! `h2` keeps flow control to itself, so `wire` reads the peer's SETTINGS, WINDOW_UPDATE and
-//! GOAWAY frames in passing and notes them here.
-//!
 //! # Sharing a scarce connection window
 //!
 //! Let `W` be the peer's stream window and `C` its connection window. A stream whose reader has
@@ -11,7 +8,7 @@
 //! and every other stream of the connection stands still.
 //!
 //! A sender cannot tell a stalled reader from one whose acknowledgement has not come yet: receivers
-//! announce new window late, after a third of it (`h2`), a half (nghttp2), or when less than half
+//! announce new window late, after a third of it (ztunnel's library), a half (nghttp2), or when less than half
 //! is left (Envoy's oghttp2). A stream must therefore be let to send somewhat more than `W / 2`
 //! unacknowledged bytes, or a healthy one could wait for ever; and this much, here `5 W / 8`, is
 //! what a stalled stream costs. nghttp2 also reports only every `C / 2` consumed bytes of the
@@ -26,18 +23,11 @@
 //! a connection whose window is held by stalled streams is retired with a graceful GOAWAY, so that
 //! new streams go elsewhere (`server`).
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
-
-use futures_util::task::AtomicWaker;
-use parking_lot::Mutex;
-
-use tokio::time::Instant;
 
 /// Stream and connection window before any SETTINGS or WINDOW_UPDATE (RFC 9113 section 6.9.2).
-const INITIAL_WINDOW: u32 = 65_535;
+pub(super) const INITIAL_WINDOW: u32 = 65_535;
 
 /// The peer's announcements on one connection.
 #[derive(Debug)]
@@ -52,25 +42,13 @@ pub(super) struct PeerWindows {
     connection: AtomicU64,
     /// The first connection window and all its WINDOW_UPDATEs.
     granted: AtomicU64,
-    /// DATA bytes handed to `h2` on all streams.
+    /// DATA bytes sent on all streams.
     sent: AtomicU64,
     max_streams: AtomicU32,
     settings: AtomicBool,
     /// Nothing more is expected to change the picture of a fresh connection.
     settled: AtomicBool,
     going_away: AtomicBool,
-    streams: Mutex<HashMap<u32, Arc<StreamWindow>>>,
-    /// Woken when the connection settles or goes away.
-    pub(super) driver: AtomicWaker,
-}
-
-/// The part of the peer's announcements that is about one stream.
-#[derive(Debug, Default)]
-pub(super) struct StreamWindow {
-    /// All WINDOW_UPDATEs of the stream.
-    acknowledged: AtomicU64,
-    waiting_since: Mutex<Option<Instant>>,
-    pub(super) waker: AtomicWaker,
 }
 
 impl PeerWindows {
@@ -86,8 +64,6 @@ impl PeerWindows {
             settings: AtomicBool::new(false),
             settled: AtomicBool::new(false),
             going_away: AtomicBool::new(false),
-            streams: Mutex::default(),
-            driver: AtomicWaker::new(),
         })
     }
 
@@ -122,8 +98,8 @@ impl PeerWindows {
 
     /// Received bytes whose window may be returned to the peer together: few enough that a peer
     /// that counts on a third of the window is not kept waiting.
-    pub(super) fn returned_together(&self) -> usize {
-        usize::try_from(self.own_stream / 16).unwrap_or(usize::MAX)
+    pub(super) fn returned_together(&self) -> u32 {
+        self.own_stream / 4
     }
 
     pub(super) fn is_settled(&self) -> bool {
@@ -132,20 +108,6 @@ impl PeerWindows {
 
     pub(super) fn is_going_away(&self) -> bool {
         self.going_away.load(Relaxed)
-    }
-
-    /// Streams that have been waiting to send for at least `time`.
-    pub(super) fn stalled_streams(&self, time: Duration) -> usize {
-        let streams = self.streams.lock();
-        streams.values().filter(|stream| stream.is_waiting_for(time)).count()
-    }
-
-    pub(super) fn open(&self, id: u32) -> Arc<StreamWindow> {
-        self.streams.lock().entry(id).or_default().clone()
-    }
-
-    pub(super) fn close(&self, id: u32) {
-        self.streams.lock().remove(&id);
     }
 
     pub(super) fn note_sent(&self, bytes: u64) {
@@ -174,14 +136,6 @@ impl PeerWindows {
         }
     }
 
-    pub(super) fn note_stream_update(&self, id: u32, increment: u32) {
-        let stream = self.streams.lock().get(&id).cloned();
-        if let Some(stream) = stream {
-            stream.acknowledged.fetch_add(increment.into(), Relaxed);
-            stream.waker.wake();
-        }
-    }
-
     /// The peer has answered something after its SETTINGS.
     pub(super) fn note_answer(&self) {
         if self.settings.load(Relaxed) {
@@ -191,29 +145,10 @@ impl PeerWindows {
 
     pub(super) fn note_goaway(&self) {
         self.going_away.store(true, Relaxed);
-        self.driver.wake();
     }
 
     fn settle(&self) {
-        if !self.settled.swap(true, Relaxed) {
-            self.driver.wake();
-        }
-    }
-}
-
-impl StreamWindow {
-    pub(super) fn acknowledged(&self) -> u64 {
-        self.acknowledged.load(Relaxed)
-    }
-
-    /// Notes whether the stream waits for the peer's window.
-    pub(super) fn set_waiting(&self, waiting: bool) {
-        let mut since = self.waiting_since.lock();
-        *since = if waiting { since.or_else(|| Some(Instant::now())) } else { None };
-    }
-
-    fn is_waiting_for(&self, time: Duration) -> bool {
-        self.waiting_since.lock().is_some_and(|since| since.elapsed() >= time)
+        self.settled.store(true, Relaxed);
     }
 }
 

@@ -151,7 +151,8 @@ impl Tunnel {
             forwarded_host: headers.forwarded_host.as_deref(),
             header_to: self.node.options.header_to,
         };
-        match decide(&self.node, |view| admit::admit(view, &inbound)).await {
+        // What opening needs is not kept for as long as the connection lives.
+        match Box::pin(decide(&self.node, |view| admit::admit(view, &inbound))).await {
             Ok(mut admission) => {
                 if !self.pod.keeps_clients {
                     admission.from = DialFrom::Own;
@@ -198,9 +199,9 @@ impl Tunnel {
                 return open.close(Err(Failure::new(ResponseFlag::H2HandshakeFailure, error)));
             }
         };
-        let closing = Ends::of(&guard, drain, &self.pod).in_tunnel(self.revoked.clone());
-        let counters = open.counters();
-        let relayed = relay::hbone_tcp(stream, server, &*counters, closing.wait()).await;
+        let ends = Ends::of(&guard, drain, &self.pod).in_tunnel(self.revoked.clone());
+        let closing = pin!(ends.wait());
+        let relayed = relay::hbone_tcp(stream, server, open.counters(), closing).await;
         open.close(session::outcome(relayed));
     }
 

@@ -3,6 +3,7 @@
 //! Both identities are proven by the kernel: each socket's network namespace is an enrolled pod's. So
 //! the bytes go from socket to socket, and both ends tell of the connection as of a tunnelled one.
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use culvert_core::addr::{AppAddr, Authority};
@@ -59,7 +60,7 @@ pub(super) async fn carry(
     let Captured { tcp, drain, pod: own, .. } = flow.captured;
     let (leaving, arriving) =
         (Ends::of(&guard, drain.clone(), own), Ends::of(&inbound_guard, drain, &pod));
-    let closing = either(leaving, arriving);
+    let closing = pin!(either(leaving, arriving));
     let (ours, theirs) = (source.counters(), inbound.counters());
     let relayed = relay::tcp_tcp(tcp, server, &Both(&ours, &theirs), closing).await;
     let outcome = session::outcome(relayed);

@@ -1,5 +1,6 @@
 //! Connections that leave without a tunnel: to what the mesh does not manage, or has no tunnel.
 
+use std::pin::pin;
 use std::sync::Arc;
 
 use culvert_core::addr::AppAddr;
@@ -54,8 +55,8 @@ pub(super) async fn carry(captured: Captured<'_>, to: AppAddr, workload: Option<
             return open.close(Err(Failure::new(ResponseFlag::Connect, error)));
         }
     };
-    let closing = Ends::of(&guard, drain, pod);
+    let closing = pin!(Ends::of(&guard, drain, pod).wait());
     let counters = open.counters();
-    let relayed = relay::tcp_tcp(tcp, server, &*counters, closing.wait()).await;
+    let relayed = relay::tcp_tcp(tcp, server, &*counters, closing).await;
     open.close(session::outcome(relayed));
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
 use std::sync::Arc;
 
 use culvert_core::addr::HboneAddr;
@@ -27,7 +28,7 @@ use crate::pods::Pod;
 use crate::relay;
 use crate::session::{self, DENIED_BY, Ends};
 use crate::telemetry::{ConnectionContext, Failure, Reporter, ResponseFlag};
-use crate::tls::{self, ClientStream, TlsError, WorkloadCertificate};
+use crate::tls::{self, TlsError, TlsStream, WorkloadCertificate};
 
 pub(super) async fn carry(captured: Captured<'_>, tunnel: Tunnel, next_hop: Arc<Workload>) {
     let Captured { node, pod, tcp, client, original, source, service, drain } = captured;
@@ -64,16 +65,16 @@ pub(super) async fn carry(captured: Captured<'_>, tunnel: Tunnel, next_hop: Arc<
         counters: open.counters(),
     });
     let caller = Caller { node, pod, source: &source, identity, client: client.addr(), hostname };
-    let Opened { stream, cut_off } = match caller.open(&tunnel).await {
+    // What opening needs, with a handshake in it, is not kept for as long as the connection lives.
+    let Opened { stream, cut_off } = match Box::pin(caller.open(&tunnel)).await {
         Ok(opened) => opened,
         Err(error) => {
             reset(tcp);
             return open.close(Err(error.into()));
         }
     };
-    let closing = Ends::of(&guard, drain, pod).in_tunnel(cut_off);
-    let counters = open.counters();
-    let relayed = relay::tcp_hbone(tcp, stream, &*counters, closing.wait()).await;
+    let closing = pin!(Ends::of(&guard, drain, pod).in_tunnel(cut_off).wait());
+    let relayed = relay::tcp_hbone(tcp, stream, open.counters(), closing).await;
     open.close(session::outcome(relayed));
 }
 
@@ -132,9 +133,7 @@ impl Caller<'_> {
             }
         };
         let settings = &self.node.tunnels;
-        let (connection, driver) = crate::hbone::client::handshake(secured, settings)
-            .await
-            .map_err(|error| TunnelError::Tunnel(error.to_string()))?;
+        let (connection, driver) = crate::hbone::client::handshake(secured, settings);
         tokio::spawn(driver.run(cut_off));
         let network = self.node.network.clone();
         let request = self.headers(tunnel, Some(network)).request();
@@ -148,7 +147,7 @@ impl Caller<'_> {
         stream: S,
         expect: &[Identity],
         certificate: &WorkloadCertificate,
-    ) -> Result<ClientStream<S>, DialError>
+    ) -> Result<TlsStream<S>, DialError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
@@ -165,7 +164,7 @@ impl Caller<'_> {
     fn revoked<S>(
         &self,
         certificate: &WorkloadCertificate,
-        stream: &ClientStream<S>,
+        stream: &TlsStream<S>,
     ) -> BoxFuture<'static, ()> {
         let (watch, telemetry) = (certificate.watch_server(stream), self.node.telemetry.clone());
         if watch.is_untracked() {
@@ -192,7 +191,7 @@ impl Caller<'_> {
         via: HboneAddr,
         expect: &[Identity],
         certificate: &WorkloadCertificate,
-    ) -> Result<Dialled<ClientStream>, DialError> {
+    ) -> Result<Dialled<TlsStream>, DialError> {
         // Waypoints judge by the source address: it is the client's where the families agree.
         // A guest of the pod, behind an interface of its own, has an address that is not the pod's.
         let is_own = |ip: &IpAddr| self.source.addresses.contains(ip);
@@ -249,9 +248,9 @@ impl From<ConnectError<DialError>> for TunnelError {
             }
             ConnectError::Dial(error) => TunnelError::Io(error),
             ConnectError::Request(error) => error.into(),
-            error @ (ConnectError::Handshake(_)
-            | ConnectError::Invalid(_)
-            | ConnectError::Closed) => TunnelError::Tunnel(error.to_string()),
+            error @ (ConnectError::Invalid(_) | ConnectError::Closed) => {
+                TunnelError::Tunnel(error.to_string())
+            }
         }
     }
 }

@@ -6,25 +6,21 @@
 use std::future::Future;
 use std::io::{self, IoSlice};
 use std::pin::pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 
-use bytes::{BufMut, Bytes, BytesMut};
 use tokio::net::TcpStream;
 
 use super::tcp::{self, Tcp};
-use super::{RelayError, scratch};
-use crate::hbone::{HboneStream, Reason, StreamError};
+use super::{Count, RelayError};
+use crate::hbone::{HboneStream, Reason, Sink, StreamError, TransferError};
 
-/// The largest DATA frame sent. With its header it fills four TLS records, which rustls buffers and
-/// writes with one system call. Larger ones gain nothing measurable, and delay other streams' small
-/// messages that wait behind them.
+/// The largest DATA frame sent. With its header it fills four TLS records. Larger ones gain nothing
+/// measurable, and delay other streams' small messages that wait behind them.
 const CHUNK: usize = (64 << 10) - 9;
 
-/// Reads into the scratch buffer up to this; a full one turns to bulk reads.
+/// Reads ask for this much; one that gets it turns to bulk reads.
 const SMALL: usize = 16 << 10;
-
-/// Bulk reads cut their chunks from blocks of this size.
-const BLOCK: usize = 256 << 10;
 
 /// Chunks that one direction may move before others get their turn.
 const TURN: usize = 16;
@@ -54,15 +50,36 @@ enum Side {
     Tunnel(StreamError),
 }
 
+/// Takes what comes out of a tunnel straight to the application.
+struct Downloads<D> {
+    tcp: Arc<Tcp>,
+    count: D,
+}
+
+impl<D: Fn(u64) + Send + Sync> Sink for Downloads<D> {
+    fn take(&self, bytes: &[u8]) -> io::Result<usize> {
+        match self.tcp.stream().try_write(bytes) {
+            Ok(count) => {
+                (self.count)(count as u64);
+                Ok(count)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            Err(error) => Err(error),
+        }
+    }
+}
+
 /// Relays until both directions have finished or one has failed. `upload` counts bytes that went
 /// into the tunnel, `download` those that came out.
 pub(super) async fn relay<C>(
     tcp: Tcp,
-    stream: HboneStream,
+    mut stream: HboneStream,
     upload: impl Fn(u64),
-    download: impl Fn(u64),
+    download: impl Count,
     closing: impl Future<Output = C>,
 ) -> Result<(), End<C>> {
+    let tcp = Arc::new(tcp);
+    stream.deliver_to(Arc::new(Downloads { tcp: tcp.clone(), count: download.clone() }));
     let mut relay = Relay {
         tcp: tcp.stream(),
         stream,
@@ -70,7 +87,6 @@ pub(super) async fn relay<C>(
         download,
         uploading: true,
         downloading: true,
-        block: BytesMut::new(),
         bulk: false,
     };
     let mut closing = pin!(closing);
@@ -92,18 +108,27 @@ pub(super) async fn relay<C>(
         Ok(()) => tcp.finished(),
         Err(End::Tcp(_)) => {
             relay.upload_rest();
-            relay.stream.reset_after_sent(Reason::CONNECT_ERROR).await;
+            relay.stream.reset(Reason::CONNECT_ERROR);
         }
         Err(End::Closed(_)) => {
             relay.stream.reset(Reason::CANCEL);
-            tcp.reset_last().await;
+            Box::pin(tcp.reset_last()).await;
         }
         Err(End::Tunnel(_)) => {
             relay.download_rest();
-            tcp.reset_last().await;
+            Box::pin(tcp.reset_last()).await;
         }
     }
     result
+}
+
+impl From<TransferError> for Side {
+    fn from(error: TransferError) -> Self {
+        match error {
+            TransferError::User(error) => Side::Tcp(error),
+            TransferError::Stream(error) => Side::Tunnel(error),
+        }
+    }
 }
 
 struct Relay<'a, U, D> {
@@ -113,11 +138,10 @@ struct Relay<'a, U, D> {
     download: D,
     uploading: bool,
     downloading: bool,
-    block: BytesMut,
     bulk: bool,
 }
 
-impl<U: Fn(u64), D: Fn(u64)> Relay<'_, U, D> {
+impl<U: Fn(u64), D: Count> Relay<'_, U, D> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Side>> {
         if self.downloading && self.poll_download(cx)?.is_ready() {
             self.downloading = false;
@@ -132,56 +156,31 @@ impl<U: Fn(u64), D: Fn(u64)> Relay<'_, U, D> {
         for _ in 0..TURN {
             let readable = self.tcp.poll_read_ready(cx).map_err(Side::Tcp)?;
             if readable.is_pending() {
-                self.block = BytesMut::new();
                 self.bulk = false;
                 return self.poll_reset_while_idle(cx);
             }
             let wanted = if self.bulk { CHUNK } else { SMALL };
-            let allowed = match ready!(self.stream.poll_sendable(cx, wanted)) {
-                Ok(allowed) => allowed,
-                Err(error) => return Poll::Ready(self.upload_failure(error)),
-            };
-            let data = match self.read(allowed) {
-                Ok(data) => data,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.stream.forgo_sending();
-                    continue;
+            let tcp = self.tcp;
+            match ready!(self.stream.poll_send(cx, wanted, |buffer| tcp::read(tcp, buffer))) {
+                Ok(0) => {
+                    return Poll::Ready(match self.stream.finish() {
+                        Ok(()) => Ok(()),
+                        Err(error) => self.upload_failure(error),
+                    });
                 }
-                Err(error) => return Poll::Ready(Err(Side::Tcp(error))),
-            };
-            let count = data.len();
-            let sent = if count == 0 { self.stream.finish() } else { self.stream.send(data) };
-            if let Err(error) = sent {
-                return Poll::Ready(self.upload_failure(error));
-            }
-            if count == 0 {
-                return Poll::Ready(Ok(()));
-            }
-            (self.upload)(count as u64);
-            if count < allowed {
-                self.stream.forgo_sending();
+                Ok(count) => {
+                    self.bulk = count >= SMALL;
+                    (self.upload)(count as u64);
+                }
+                Err(TransferError::User(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(TransferError::User(error)) => return Poll::Ready(Err(Side::Tcp(error))),
+                Err(TransferError::Stream(error)) => {
+                    return Poll::Ready(self.upload_failure(error));
+                }
             }
         }
         cx.waker().wake_by_ref();
         Poll::Pending
-    }
-
-    /// Empty at the end of the application's data.
-    fn read(&mut self, allowed: usize) -> io::Result<Bytes> {
-        if !self.bulk {
-            return scratch::with(|buffer| {
-                let buffer = buffer.get_mut(..allowed.min(SMALL)).unwrap_or_default();
-                let count = tcp::read(self.tcp, buffer)?;
-                self.bulk = count == SMALL;
-                Ok(Bytes::copy_from_slice(buffer.get(..count).unwrap_or_default()))
-            });
-        }
-        if self.block.capacity() < CHUNK {
-            self.block.reserve(BLOCK);
-        }
-        let count = self.tcp.try_read_buf(&mut (&mut self.block).limit(allowed))?;
-        self.bulk = count >= SMALL;
-        Ok(self.block.split_to(count).freeze())
     }
 
     /// The receiving direction reports a reset by itself, until it has finished.
@@ -209,21 +208,13 @@ impl<U: Fn(u64), D: Fn(u64)> Relay<'_, U, D> {
             return;
         }
         let mut cx = Context::from_waker(Waker::noop());
+        let tcp = self.tcp;
         for _ in 0..TURN {
-            let Poll::Ready(Ok(allowed)) = self.stream.poll_sendable(&mut cx, SMALL) else {
-                return;
-            };
-            let data = scratch::with(|buffer| {
-                let buffer = buffer.get_mut(..allowed.min(SMALL)).unwrap_or_default();
-                let count = tcp::read_now(self.tcp, buffer)?;
-                Some(Bytes::copy_from_slice(buffer.get(..count).unwrap_or_default()))
-            });
-            let Some(data) = data else { return };
-            let count = data.len();
-            if self.stream.send(data).is_err() {
-                return;
+            let read = |buffer: &mut [u8]| Ok(tcp::read_now(tcp, buffer).unwrap_or_default());
+            match self.stream.poll_send(&mut cx, SMALL, read) {
+                Poll::Ready(Ok(count)) if count > 0 => (self.upload)(count as u64),
+                _ => return,
             }
-            (self.upload)(count as u64);
         }
     }
 
@@ -246,7 +237,7 @@ impl<U: Fn(u64), D: Fn(u64)> Relay<'_, U, D> {
             // Taken in also while the application is slow, to learn of a reset.
             let end = self.stream.poll_fill(cx);
             if !self.stream.has_received() {
-                ready!(end).map_err(Side::Tunnel)?;
+                ready!(end).map_err(Side::from)?;
                 return Poll::Ready(match tcp::shutdown_write(self.tcp) {
                     Err(error) if error.kind() != io::ErrorKind::NotConnected => {
                         Err(Side::Tcp(error))
@@ -263,7 +254,7 @@ impl<U: Fn(u64), D: Fn(u64)> Relay<'_, U, D> {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if let Poll::Ready(Err(error)) = end {
-                        return Poll::Ready(Err(Side::Tunnel(error)));
+                        return Poll::Ready(Err(error.into()));
                     }
                     ready!(self.tcp.poll_write_ready(cx)).map_err(Side::Tcp)?;
                 }

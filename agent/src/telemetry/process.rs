@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs;
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::DescriptorEncoder;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeCounterValue};
 use prometheus_client::metrics::MetricType;
 use tokio::runtime::{Handle, RuntimeMetrics};
 
@@ -41,63 +41,73 @@ fn max_fds() -> Option<i64> {
     }
 }
 
-/// `tokio_*`, from the runtime's own counters.
+/// Name, help, and what it is of one runtime.
+type Gauge = (&'static str, &'static str, fn(&RuntimeMetrics) -> usize);
+
+/// `tokio_*`, from the runtimes' own counters. Their workers are numbered one after another.
 #[derive(Debug)]
-pub(super) struct Tokio(RuntimeMetrics);
+pub(super) struct Tokio(Vec<RuntimeMetrics>);
 
 impl Tokio {
-    pub(super) fn new(runtime: &Handle) -> Self {
-        Self(runtime.metrics())
+    pub(super) fn new(runtimes: &[Handle]) -> Self {
+        Self(runtimes.iter().map(Handle::metrics).collect())
+    }
+
+    fn sum(&self, of: fn(&RuntimeMetrics) -> usize) -> u64 {
+        let all: usize = self.0.iter().map(of).sum();
+        u64::try_from(all).unwrap_or(u64::MAX)
+    }
+
+    fn workers(&self) -> impl Iterator<Item = (&RuntimeMetrics, usize)> {
+        let of = |runtime: &RuntimeMetrics| 0..runtime.num_workers();
+        self.0.iter().flat_map(move |runtime| of(runtime).map(move |worker| (runtime, worker)))
+    }
+
+    fn encode_workers<V: EncodeCounterValue>(
+        &self,
+        encoder: &mut DescriptorEncoder,
+        (name, help): (&str, &str),
+        value: impl Fn(&RuntimeMetrics, usize) -> V,
+    ) -> Result<(), fmt::Error> {
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (number, (runtime, worker)) in self.workers().enumerate() {
+            let label = [("worker", number.to_string())];
+            counter(&mut family, &label, value(runtime, worker))?;
+        }
+        Ok(())
     }
 }
 
 impl Collector for Tokio {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
-        let Self(metrics) = self;
-        for (name, help, value) in [
-            ("tokio_num_workers", "Worker threads", metrics.num_workers()),
-            ("tokio_num_alive_tasks", "Tasks that have not ended", metrics.num_alive_tasks()),
+        let gauges: [Gauge; 3] = [
+            ("tokio_num_workers", "Worker threads", RuntimeMetrics::num_workers),
+            ("tokio_num_alive_tasks", "Tasks that have not ended", RuntimeMetrics::num_alive_tasks),
             (
                 "tokio_global_queue_depth",
                 "Tasks that wait in the global queue",
-                metrics.global_queue_depth(),
+                RuntimeMetrics::global_queue_depth,
             ),
-        ] {
-            let value = u64::try_from(value).unwrap_or(u64::MAX);
+        ];
+        for (name, help, of) in gauges {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-            family.encode_gauge(&value)?;
+            family.encode_gauge(&self.sum(of))?;
         }
-        let workers = 0..metrics.num_workers();
-        let label = |worker: usize| [("worker", worker.to_string())];
-        let mut family = encoder.encode_descriptor(
-            "tokio_worker_total_busy_duration_seconds",
-            "Time that a worker was busy",
-            None,
-            MetricType::Counter,
+        self.encode_workers(
+            &mut encoder,
+            ("tokio_worker_total_busy_duration_seconds", "Time that a worker was busy"),
+            |runtime, worker| runtime.worker_total_busy_duration(worker).as_secs_f64(),
         )?;
-        for worker in workers.clone() {
-            let seconds = metrics.worker_total_busy_duration(worker).as_secs_f64();
-            counter(&mut family, &label(worker), seconds)?;
-        }
-        let mut family = encoder.encode_descriptor(
-            "tokio_worker_park_count",
-            "How often a worker parked",
-            None,
-            MetricType::Counter,
+        self.encode_workers(
+            &mut encoder,
+            ("tokio_worker_park_count", "How often a worker parked"),
+            RuntimeMetrics::worker_park_count,
         )?;
-        for worker in workers.clone() {
-            counter(&mut family, &label(worker), metrics.worker_park_count(worker))?;
-        }
-        let mut family = encoder.encode_descriptor(
-            "tokio_worker_park_unpark_count",
-            "How often a worker parked and unparked",
-            None,
-            MetricType::Counter,
-        )?;
-        for worker in workers {
-            counter(&mut family, &label(worker), metrics.worker_park_unpark_count(worker))?;
-        }
-        Ok(())
+        self.encode_workers(
+            &mut encoder,
+            ("tokio_worker_park_unpark_count", "How often a worker parked and unparked"),
+            RuntimeMetrics::worker_park_unpark_count,
+        )
     }
 }
 

@@ -38,7 +38,7 @@ struct Told {
 }
 
 fn told_with(directives: &str, format: LogFormat, act: impl FnOnce(&Telemetry)) -> Told {
-    let telemetry = Telemetry::new(Some("1.30.0".to_owned()), None);
+    let telemetry = Telemetry::new(Some("1.30.0".to_owned()), &[]);
     let written = Shared::default();
     let Logging { dispatch, flush, control: _ } =
         Logging::new(directives.parse().unwrap(), format, written.clone());
@@ -538,7 +538,7 @@ fn a_policy_change_counts_as_rejudged() {
 
 #[test]
 fn sockets_are_open_until_their_guard_is_dropped() {
-    let telemetry = Telemetry::new(None, None);
+    let telemetry = Telemetry::new(None, &[]);
     let guard = telemetry.socket_opened(Reporter::Destination);
     let sample = |value| format!("istio_tcp_sockets_open{{reporter=\"destination\"}} {value}\n");
     assert!(telemetry.encode().unwrap().contains(&sample(1)));
@@ -548,7 +548,7 @@ fn sockets_are_open_until_their_guard_is_dropped() {
 
 #[tokio::test]
 async fn what_other_rooms_keep_is_read_at_each_scrape() {
-    let telemetry = Telemetry::new(None, Some(&Handle::current()));
+    let telemetry = Telemetry::new(None, &[Handle::current(), Handle::current()]);
     telemetry.watch_kernel(|| KernelReading {
         captured: 7,
         passed: 5,
@@ -586,11 +586,12 @@ async fn what_other_rooms_keep_is_read_at_each_scrape() {
         "workload_manager_proxies_started_total 1\n",
         "workload_manager_proxies_stopped_total 0\n",
         "istio_build{component=\"ztunnel\",tag=\"unknown\"} 1\n",
-        "tokio_num_workers 1\n",
+        "tokio_num_workers 2\n",
         "tokio_num_alive_tasks ",
         "tokio_global_queue_depth ",
         "tokio_worker_total_busy_duration_seconds_total{worker=\"0\"} ",
         "tokio_worker_park_count_total{worker=\"0\"} ",
+        "tokio_worker_park_count_total{worker=\"1\"} ",
         "tokio_worker_park_unpark_count_total{worker=\"0\"} ",
         "process_open_fds ",
         "process_max_fds ",
@@ -601,7 +602,7 @@ async fn what_other_rooms_keep_is_read_at_each_scrape() {
 
 #[test]
 fn two_agents_in_one_process_count_apart() {
-    let (one, other) = (Telemetry::new(None, None), Telemetry::new(None, None));
+    let (one, other) = (Telemetry::new(None, &[]), Telemetry::new(None, &[]));
     one_request(&one, hbone(Reporter::Source));
     assert!(one.encode().unwrap().contains("istio_tcp_connections_opened_total{"));
     assert!(!other.encode().unwrap().contains("istio_tcp_connections_opened_total{"));

@@ -16,7 +16,7 @@ use x509_parser::prelude::FromDer;
 
 use super::revocation::{PeerWatch, Role};
 use super::verify::{self, ServerVerifier};
-use super::{ClientStream, ServerStream, Trust, config};
+use super::{TlsStream, Trust, config};
 
 /// What an authority issued, everything as DER.
 #[derive(Clone)]
@@ -103,14 +103,14 @@ impl WorkloadCertificate {
     }
 
     /// Watches the client of a connection that was accepted with this certificate.
-    pub fn watch_client<S>(&self, stream: &ServerStream<S>) -> PeerWatch {
-        let chain = stream.get_ref().1.peer_certificates();
+    pub fn watch_client<S>(&self, stream: &TlsStream<S>) -> PeerWatch {
+        let chain = Some(stream.peer_certificates());
         self.trust.revocations.watch(chain, &self.anchors, Role::Client)
     }
 
     /// Watches the server of a connection that was made with this certificate.
-    pub fn watch_server<S>(&self, stream: &ClientStream<S>) -> PeerWatch {
-        let chain = stream.get_ref().1.peer_certificates();
+    pub fn watch_server<S>(&self, stream: &TlsStream<S>) -> PeerWatch {
+        let chain = Some(stream.peer_certificates());
         self.trust.revocations.watch(chain, &self.anchors, Role::Server)
     }
 

@@ -63,6 +63,7 @@ pub(super) fn server(
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
+    config.enable_secret_extraction = true;
     Ok(config)
 }
 
@@ -80,5 +81,6 @@ pub(super) fn client(
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
     config.enable_sni = false;
     config.resumption = Resumption::disabled();
+    config.enable_secret_extraction = true;
     Ok(config)
 }

@@ -27,6 +27,9 @@ pub enum TlsError {
     /// Our own side could not do its part.
     #[error("own side of tls handshake failed: {0}")]
     Own(#[source] rustls::Error),
+    /// The handshake left keys that cannot be used.
+    #[error("own side of tls handshake failed: {0}")]
+    Keys(String),
 }
 
 /// Who has to be looked at when a handshake failed.
@@ -44,7 +47,7 @@ impl TlsError {
     pub fn side(&self) -> Side {
         match self {
             Self::TimedOut { .. } | Self::Lost(_) => Side::Network,
-            Self::Peer(PeerFault::NothingExpected) | Self::Own(_) => Side::Us,
+            Self::Peer(PeerFault::NothingExpected) | Self::Own(_) | Self::Keys(_) => Side::Us,
             Self::Peer(_) | Self::RefusedByPeer(_) | Self::Protocol(_) => Side::Peer,
         }
     }

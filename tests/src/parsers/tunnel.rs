@@ -21,7 +21,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// A connection whose peer has closed cannot take longer than this, on a busy machine too.
-const LIMIT: Duration = Duration::from_secs(60);
+pub(super) const LIMIT: Duration = Duration::from_secs(60);
 
 /// What a client sends after its preface. The first byte says into what pieces it is cut.
 pub(super) fn server(bytes: &[u8]) {
@@ -45,9 +45,7 @@ pub(super) fn client(bytes: &[u8]) {
         x_forwarded_network: None,
     };
     run(async {
-        let Ok((connection, driver)) = client::handshake(peer, &Settings::default()).await else {
-            return;
-        };
+        let (connection, driver) = client::handshake(peer, &Settings::default());
         let request = request.request().expect("the authority is valid");
         let asking = async move {
             if let Ok(accepted) = connection.connect(request).await {
@@ -81,7 +79,7 @@ async fn read(mut stream: HboneStream) {
     stream.consume(count);
 }
 
-fn run(work: impl Future<Output = ()>) {
+pub(super) fn run(work: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
     let runtime = runtime.expect("a runtime without I/O needs nothing");
     let ended = runtime.block_on(async { tokio::time::timeout(LIMIT, work).await });
@@ -89,14 +87,14 @@ fn run(work: impl Future<Output = ()>) {
 }
 
 /// The far end of a connection: it has sent all it will, and takes whatever it gets.
-struct Peer {
+pub(super) struct Peer {
     sent: Vec<u8>,
     read: usize,
     piece: usize,
 }
 
 impl Peer {
-    fn new(sent: Vec<u8>, cut: u8) -> Self {
+    pub(super) fn new(sent: Vec<u8>, cut: u8) -> Self {
         let piece = match cut {
             0 => usize::MAX,
             cut => cut.into(),

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::Path as FilePath;
-use std::process::{ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -35,6 +35,10 @@ pub enum Side {
     Culvert,
 }
 
+impl Side {
+    pub const ALL: [Self; 2] = [Self::Plain, Self::Culvert];
+}
+
 impl Path {
     pub fn name(self) -> &'static str {
         match self {
@@ -61,6 +65,11 @@ const DIRECT: &[&str] = &["result=\"direct\""];
 const ON: &str = "on";
 const TRYING: &str = "the machine is being tried";
 
+/// The pods of one side in which a server runs.
+const SERVERS: [&str; 4] = ["near", "far", "other-near", "other-far"];
+/// The server of connections that are accelerated.
+const SWIFT: &str = "swift-near";
+
 /// Two nodes with agents, two just like them without, and one whose agent accelerates.
 pub struct Field {
     agents: Vec<Agent>,
@@ -74,27 +83,35 @@ pub struct Field {
 
 impl Field {
     pub fn start(binary: &FilePath) -> Result<Self> {
+        let plain = |name: &str| PodSpec::unknown(&format!("plain-{name}"));
         // Each agent attaches at its own node, so that the plain pods meet none of its programs.
         let mesh = Mesh::new()
             .attach(Attach::Node)
             .node("a")
             .pod("client", "bench", "client")
             .pod("near", "bench", "server")
+            .pod("other", "bench", "other")
+            .pod("other-near", "bench", "other-server")
             .node("b")
             .pod("far", "bench", "server")
+            .pod("other-far", "bench", "other-server")
             .node("c")
-            .pod_with(PodSpec::unknown("plain-client"))
-            .pod_with(PodSpec::unknown("plain-near"))
+            .pod_with(plain("client"))
+            .pod_with(plain("near"))
+            .pod_with(plain("other"))
+            .pod_with(plain("other-near"))
             .node("d")
-            .pod_with(PodSpec::unknown("plain-far"))
+            .pod_with(plain("far"))
+            .pod_with(plain("other-far"))
             .node("e")
             .pod("swift-client", "swift", "client")
-            .pod("swift", "swift", "server")
+            .pod(SWIFT, "swift", "server")
             .start()?;
         let own = std::env::current_exe().context("finding this program")?;
         let mut servers = Vec::new();
-        for name in ["near", "far", "plain-near", "plain-far", "swift"] {
-            let place = mesh.pod(name).place();
+        let names = SERVERS.iter().flat_map(|name| [(*name).to_owned(), format!("plain-{name}")]);
+        for name in names.chain([SWIFT.to_owned()]) {
+            let place = mesh.pod(&name).place();
             let mut command = place.command(&own)?;
             command.args(["bench-server", "--port", &PORT.to_string()]);
             servers.push(place.start(&format!("server-{name}"), &mut command)?);
@@ -110,7 +127,7 @@ impl Field {
         let unaccelerated = standing(&agents[2])?;
         let field = Self { agents, unaccelerated, fresh, _servers: servers, mesh };
         for path in [Path::Same, Path::Accelerated, Path::Cross] {
-            for side in [Side::Plain, Side::Culvert] {
+            for side in Side::ALL {
                 field.wait_for(path, side)?;
             }
         }
@@ -141,18 +158,29 @@ impl Field {
     }
 
     /// The agents that a connection passes on this path.
-    pub fn agents(&self, path: Path) -> Vec<u32> {
-        let passed = match path {
-            Path::Same => &self.agents[..1],
-            Path::Cross => &self.agents[..2],
-            Path::Accelerated => &self.agents[2..],
+    pub fn agents(&self, path: Path, side: Side) -> Vec<u32> {
+        let passed = match (side, path) {
+            (Side::Plain, _) => &[][..],
+            (Side::Culvert, Path::Same) => &self.agents[..1],
+            (Side::Culvert, Path::Cross) => &self.agents[..2],
+            (Side::Culvert, Path::Accelerated) => &self.agents[2..],
         };
         passed.iter().map(Agent::pid).collect()
     }
 
+    /// Starts a load of another pod of the client's node, towards a server of its own.
+    pub fn flood(&self, path: Path, side: Side, arguments: &[&str]) -> Result<Flooding> {
+        let (client, server) = self.ends(path, side, "other-");
+        let mut command = self.command(client, server, arguments)?;
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        Ok(Flooding(command.spawn().context("starting the flood")?))
+    }
+
     /// Runs one load to its end.
     pub fn load(&self, path: Path, side: Side, arguments: &[&str]) -> Result<Outcome> {
-        let output = self.command(path, side, arguments)?.output().context("starting the load")?;
+        let (client, server) = self.ends(path, side, "");
+        let mut command = self.command(client, server, arguments)?;
+        let output = command.output().context("starting the load")?;
         if !output.status.success() {
             let error = String::from_utf8_lossy(&output.stderr).trim().to_owned();
             bail!("{} over {side:?}: {error}\n{}", arguments.join(" "), self.logs(8));
@@ -164,7 +192,8 @@ impl Field {
     pub fn hold(&self, path: Path, side: Side, count: usize) -> Result<Held> {
         let count = count.to_string();
         let arguments = ["--kind", "idle", "--connections", &count];
-        let mut command = self.command(path, side, &arguments)?;
+        let (client, server) = self.ends(path, side, "");
+        let mut command = self.command(client, server, &arguments)?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().context("starting the load")?;
         let printed = child.stdout.take().context("no output")?;
@@ -193,8 +222,7 @@ impl Field {
         .map(drop)
     }
 
-    fn command(&self, path: Path, side: Side, arguments: &[&str]) -> Result<Command> {
-        let (client, server) = self.ends(path, side);
+    fn command(&self, client: &Pod, server: &Pod, arguments: &[&str]) -> Result<Command> {
         // Bytes in bulk have a port of their own.
         let port = if arguments.contains(&"bulk") { PORT + 1 } else { PORT };
         let to = SocketAddr::new(server.v4().into(), port).to_string();
@@ -204,15 +232,36 @@ impl Field {
         Ok(command)
     }
 
-    fn ends(&self, path: Path, side: Side) -> (&Pod, &Pod) {
-        let (client, server) = match (side, path) {
-            (Side::Culvert, Path::Same) => ("client", "near"),
-            (Side::Culvert, Path::Cross) => ("client", "far"),
-            (Side::Culvert, Path::Accelerated) => ("swift-client", "swift"),
-            (Side::Plain, Path::Same | Path::Accelerated) => ("plain-client", "plain-near"),
-            (Side::Plain, Path::Cross) => ("plain-client", "plain-far"),
+    /// Client and server: the ones that are measured, or with `other-` those beside them.
+    fn ends(&self, path: Path, side: Side, which: &str) -> (&Pod, &Pod) {
+        let prefix = match side {
+            Side::Culvert => "",
+            Side::Plain => "plain-",
         };
-        (self.mesh.pod(client), self.mesh.pod(server))
+        if (path, side) == (Path::Accelerated, Side::Culvert) {
+            return (self.mesh.pod("swift-client"), self.mesh.pod(SWIFT));
+        }
+        let server = match path {
+            Path::Same | Path::Accelerated => "near",
+            Path::Cross => "far",
+        };
+        let client = if which.is_empty() { "client" } else { "other" };
+        let pod = |name: &str| self.mesh.pod(&format!("{prefix}{name}"));
+        (pod(client), pod(&format!("{which}{server}")))
+    }
+}
+
+/// A load that runs beside another.
+pub struct Flooding(Child);
+
+impl Flooding {
+    /// Waits for its end.
+    pub fn wait(self) -> Result<()> {
+        let output = self.0.wait_with_output().context("waiting for the flood")?;
+        if !output.status.success() {
+            bail!("the flood: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(())
     }
 }
 

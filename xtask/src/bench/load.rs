@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use super::server::{CLOSE, KEEP, MESSAGE};
 
+mod paced;
+
 /// Put load on a benchmark's server
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -23,6 +25,12 @@ pub struct Arguments {
     connections: usize,
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
+    /// Requests a second, where they keep a pace
+    #[arg(long, default_value_t = 1_000.0)]
+    rate: f64,
+    /// Beside them a stream to the next port, in gigabits a second
+    #[arg(long)]
+    beside: Option<f64>,
 }
 
 /// What to do.
@@ -30,6 +38,8 @@ pub struct Arguments {
 pub enum Load {
     /// Requests over kept connections
     Requests,
+    /// Requests over kept connections at a fixed pace, whether or not the last was answered
+    Paced,
     /// One request per connection
     Connections,
     /// Bytes in bulk
@@ -57,6 +67,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let duration = Duration::from_secs_f64(arguments.seconds);
     let outcome = match arguments.kind {
         Load::Requests => requests(arguments.to, arguments.connections, duration)?,
+        Load::Paced => paced::beside(arguments, duration)?,
         Load::Connections => connections(arguments.to, arguments.connections, duration)?,
         Load::Bulk => bulk(arguments.to, arguments.connections, duration)?,
         Load::Idle => return idle(arguments.to, arguments.connections),

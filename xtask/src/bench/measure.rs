@@ -8,15 +8,28 @@ use culvert_lab::{sys, wait};
 
 use super::field::{Field, Path, Side};
 use super::load::Outcome;
-use super::report::Figure;
+use super::report::{Figure, Round};
 
 /// One way of putting load on a path; each gives several measures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Bulk(usize),
     Requests(usize),
+    /// Requests at a fixed pace.
+    Paced,
+    /// The same beside a stream of a fixed rate.
+    Beside,
     Connections(usize),
+    /// Requests at a fixed pace while another pod of the node floods its own destination.
+    Fairness(Flood),
     Idle,
+}
+
+/// What another pod does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flood {
+    Connections,
+    Bytes,
 }
 
 impl Kind {
@@ -26,8 +39,12 @@ impl Kind {
             Self::Bulk(8),
             Self::Requests(1),
             Self::Requests(64),
+            Self::Paced,
+            Self::Beside,
             Self::Connections(1),
             Self::Connections(64),
+            Self::Fairness(Flood::Connections),
+            Self::Fairness(Flood::Bytes),
             Self::Idle,
         ]
     }
@@ -38,6 +55,10 @@ impl Kind {
             Self::Bulk(_) => "throughput of 8 streams",
             Self::Requests(1) => "latency on 1 connection",
             Self::Requests(_) => "latency on 64 connections",
+            Self::Paced => "latency at 2,000 requests/s",
+            Self::Beside => "latency at 1,000 requests/s beside 2 Gbit/s",
+            Self::Fairness(Flood::Connections) => "latency while another pod floods connections",
+            Self::Fairness(Flood::Bytes) => "latency while another pod floods bytes",
             Self::Connections(1) => "connections, 1 at a time",
             Self::Connections(_) => "connections, 64 at a time",
             Self::Idle => "memory of idle connections",
@@ -49,17 +70,25 @@ impl Kind {
         let sample = Sample { outcome: Outcome::default(), machine: 0.0, agents: 0.0 };
         match self {
             Self::Idle => [IDLE, FRESH, HOLDING].map(str::to_owned).into(),
+            Self::Fairness(flood) => vec![flood.measure().to_owned()],
             _ => self.figures(&sample).into_iter().map(|(name, ..)| name).collect(),
         }
     }
 
-    fn arguments(self) -> (&'static str, usize) {
-        match self {
-            Self::Bulk(count) => ("bulk", count),
-            Self::Requests(count) => ("requests", count),
-            Self::Connections(count) => ("connections", count),
-            Self::Idle => ("idle", 0),
-        }
+    /// The load, without its duration.
+    fn arguments(self) -> Vec<String> {
+        let (kind, count, more): (_, usize, &[&str]) = match self {
+            Self::Bulk(count) => ("bulk", count, &[]),
+            Self::Requests(count) => ("requests", count, &[]),
+            Self::Connections(count) => ("connections", count, &[]),
+            Self::Paced => ("paced", 8, &["--rate", "2000"]),
+            Self::Beside => ("paced", 8, &["--rate", "1000", "--beside", "2"]),
+            Self::Fairness(_) => ("paced", 8, &["--rate", "1000"]),
+            Self::Idle => ("idle", 0, &[]),
+        };
+        let count = count.to_string();
+        let arguments = ["--kind", kind, "--connections", &count];
+        arguments.iter().chain(more).map(|argument| (*argument).to_owned()).collect()
     }
 
     /// Name, value and unit of each figure of one measurement.
@@ -85,14 +114,38 @@ impl Kind {
                 (format!("cpu-per-10k-requests-{count}"), machine / ten_thousands, "s"),
                 (format!("agent-cpu-per-10k-requests-{count}"), agents / ten_thousands, "s"),
             ],
+            Self::Paced => paced("paced", outcome),
+            Self::Beside => paced("beside-bulk", outcome),
             Self::Connections(count) => vec![
                 (format!("connections-{count}"), rate, "1/s"),
                 (format!("cpu-per-10k-connections-{count}"), machine / ten_thousands, "s"),
                 (format!("agent-cpu-per-10k-connections-{count}"), agents / ten_thousands, "s"),
             ],
-            Self::Idle => Vec::new(),
+            Self::Fairness(_) | Self::Idle => Vec::new(),
         }
     }
+}
+
+impl Flood {
+    fn measure(self) -> &'static str {
+        match self {
+            Self::Connections => "p99-beside-connections-flood",
+            Self::Bytes => "p99-beside-bytes-flood",
+        }
+    }
+
+    fn arguments(self) -> [&'static str; 4] {
+        match self {
+            Self::Connections => ["--kind", "connections", "--connections", "32"],
+            Self::Bytes => ["--kind", "bulk", "--connections", "4"],
+        }
+    }
+}
+
+fn paced(name: &str, outcome: &Outcome) -> Vec<(String, f64, &'static str)> {
+    [("p50", outcome.p50), ("p99", outcome.p99), ("p999", outcome.p999)]
+        .map(|(part, value)| (format!("{name}-{part}"), value * 1e6, "µs"))
+        .to_vec()
 }
 
 /// How much the agents of a path grow together.
@@ -108,7 +161,7 @@ struct Sample {
     agents: f64,
 }
 
-/// Measures both sides in turn, round after round.
+/// Measures all sides in turn, round after round.
 pub fn alternate(
     field: &mut Field,
     path: Path,
@@ -118,37 +171,76 @@ pub fn alternate(
 ) -> Result<Vec<Figure>> {
     let mut figures: Vec<Figure> = Vec::new();
     for _ in 0..rounds {
-        let plain = kind.figures(&sample(field, path, Side::Plain, kind, seconds)?);
-        let culvert = kind.figures(&sample(field, path, Side::Culvert, kind, seconds)?);
-        for ((measure, plain, unit), (_, culvert, _)) in plain.into_iter().zip(culvert) {
+        let mut round: Vec<(String, Round, &'static str)> = Vec::new();
+        for side in Side::ALL {
+            for (measure, value, unit) in sample_of(field, path, side, kind, seconds)? {
+                match round.iter_mut().find(|(name, ..)| *name == measure) {
+                    Some((_, values, _)) => values.set(side, value),
+                    None => {
+                        let mut values = Round::default();
+                        values.set(side, value);
+                        round.push((measure, values, unit));
+                    }
+                }
+            }
+        }
+        for (measure, values, unit) in round {
             match figures.iter_mut().find(|figure| figure.measure == measure) {
-                Some(figure) => figure.rounds.push((plain, culvert)),
-                None => figures.push(Figure {
-                    path: path.name(),
-                    measure,
-                    rounds: vec![(plain, culvert)],
-                    unit,
-                }),
+                Some(figure) => figure.rounds.push(values),
+                None => {
+                    let (path, rounds) = (path.name(), vec![values]);
+                    figures.push(Figure { path, measure, rounds, unit });
+                }
             }
         }
     }
     Ok(figures)
 }
 
+fn sample_of(
+    field: &Field,
+    path: Path,
+    side: Side,
+    kind: Kind,
+    seconds: f64,
+) -> Result<Vec<(String, f64, &'static str)>> {
+    match kind {
+        Kind::Fairness(flood) => {
+            let value = flooded(field, path, side, flood, seconds)?;
+            Ok(vec![(flood.measure().to_owned(), value, "× quiet")])
+        }
+        _ => Ok(kind.figures(&sample(field, path, side, kind, seconds)?)),
+    }
+}
+
 fn sample(field: &Field, path: Path, side: Side, kind: Kind, seconds: f64) -> Result<Sample> {
-    let (load, count) = kind.arguments();
-    let (count, seconds) = (count.to_string(), seconds.to_string());
-    let arguments = ["--kind", load, "--connections", &count, "--seconds", &seconds];
-    let pids = if side == Side::Plain { Vec::new() } else { field.agents(path) };
+    let seconds = seconds.to_string();
+    let arguments = kind.arguments();
+    let mut arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    arguments.extend(["--seconds", &seconds]);
+    let pids = field.agents(path, side);
     let before = (machine_seconds()?, agent_seconds(&pids)?);
     let outcome = field.load(path, side, &arguments)?;
     let after = (machine_seconds()?, agent_seconds(&pids)?);
     Ok(Sample { outcome, machine: after.0 - before.0, agents: after.1 - before.1 })
 }
 
+/// How many times its p99 of quiet a pod has while another one of its node floods.
+fn flooded(field: &Field, path: Path, side: Side, flood: Flood, seconds: f64) -> Result<f64> {
+    let quiet = sample(field, path, side, Kind::Fairness(flood), seconds)?.outcome.p99;
+    // Longer than what it is to disturb.
+    let flooding = (seconds + 2.0).to_string();
+    let mut arguments = flood.arguments().to_vec();
+    arguments.extend(["--seconds", &flooding]);
+    let other = field.flood(path, side, &arguments)?;
+    let loud = sample(field, path, side, Kind::Fairness(flood), seconds)?.outcome.p99;
+    other.wait()?;
+    Ok(loud / quiet)
+}
+
 /// How much the agents grow by connections that do nothing, once they have settled.
 pub fn idle(field: &mut Field, path: Path, count: usize) -> Result<Vec<Figure>> {
-    let pids = field.agents(path);
+    let pids = field.agents(path, Side::Culvert);
     let before = resident(&pids)?;
     let held = field.hold(path, Side::Culvert, count)?;
     let mut last = 0.0;
@@ -164,11 +256,10 @@ pub fn idle(field: &mut Field, path: Path, count: usize) -> Result<Vec<Figure>> 
     let grown = (last - before).max(0.0) * 1e4 / count as f64;
     let fresh = field.fresh.get(..pids.len()).unwrap_or_default();
     let figures = [(IDLE, grown), (FRESH, largest(fresh)), (HOLDING, largest(&each))];
-    let figures = figures.map(|(measure, value)| Figure {
-        path: path.name(),
-        measure: measure.to_owned(),
-        rounds: vec![(0.0, value)],
-        unit: "MB",
+    let figures = figures.map(|(measure, value)| {
+        let mut round = Round::default();
+        round.set(Side::Culvert, value);
+        Figure { path: path.name(), measure: measure.to_owned(), rounds: vec![round], unit: "MB" }
     });
     Ok(figures.into())
 }
@@ -209,7 +300,8 @@ pub fn resident(pids: &[u32]) -> Result<f64> {
         let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
         let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let kilobytes = line.and_then(|line| line.trim().split(' ').next()?.parse::<f64>().ok());
-        total += kilobytes.with_context(|| format!("no VmRSS in {path}"))? * 1024.0 / 1e6;
+        let kilobytes = kilobytes.with_context(|| format!("no VmRSS in {path}"))?;
+        total += kilobytes * 1024.0 / 1e6;
     }
     Ok(total)
 }

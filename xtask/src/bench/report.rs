@@ -6,42 +6,69 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::field::Side;
+
+mod targets;
+
+/// What the sides showed in one round.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Round {
+    plain: Option<f64>,
+    culvert: Option<f64>,
+}
+
+impl Round {
+    pub fn set(&mut self, side: Side, value: f64) {
+        let place = match side {
+            Side::Plain => &mut self.plain,
+            Side::Culvert => &mut self.culvert,
+        };
+        *place = Some(value);
+    }
+
+    fn get(&self, side: Side) -> Option<f64> {
+        match side {
+            Side::Plain => self.plain,
+            Side::Culvert => self.culvert,
+        }
+    }
+}
+
 /// All rounds of one measure on one path.
 #[derive(Clone, Debug)]
 pub struct Figure {
     pub path: &'static str,
     pub measure: String,
-    /// Plain and Culvert, of each round.
-    pub rounds: Vec<(f64, f64)>,
+    pub rounds: Vec<Round>,
     pub unit: &'static str,
 }
 
 impl Figure {
-    fn plain(&self) -> f64 {
-        median(self.rounds.iter().map(|round| round.0))
+    fn median(&self, side: Side) -> Option<f64> {
+        let values: Vec<f64> = self.rounds.iter().filter_map(|round| round.get(side)).collect();
+        (!values.is_empty()).then(|| median(values.into_iter()))
     }
 
-    fn culvert(&self) -> f64 {
-        median(self.rounds.iter().map(|round| round.1))
-    }
-
-    fn ratios(&self) -> Vec<f64> {
-        let with_plain = self.rounds.iter().filter(|round| round.0 > 0.0);
-        with_plain.map(|(plain, culvert)| culvert / plain).collect()
+    fn ratios(&self, side: Side) -> Vec<f64> {
+        let ratio = |round: &Round| {
+            let plain = round.plain.filter(|plain| *plain > 0.0)?;
+            Some(round.get(side)? / plain)
+        };
+        self.rounds.iter().filter_map(ratio).collect()
     }
 
     /// The median of the rounds' ratios; none where the plain path costs nothing.
-    fn ratio(&self) -> Option<f64> {
-        let ratios = self.ratios();
+    fn ratio(&self, side: Side) -> Option<f64> {
+        let ratios = self.ratios(side);
         (!ratios.is_empty()).then(|| median(ratios.into_iter()))
     }
 
     /// How far the rounds lie apart: (largest − smallest) / median, of the ratio where there is
     /// one, else of Culvert's own figures.
     fn spread(&self) -> f64 {
-        let mut values = self.ratios();
+        let mut values = self.ratios(Side::Culvert);
         if values.is_empty() {
-            values = self.rounds.iter().map(|round| round.1).collect();
+            values = self.rounds.iter().filter_map(|round| round.culvert).collect();
         }
         let smallest = values.iter().copied().fold(f64::INFINITY, f64::min);
         let largest = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -49,21 +76,37 @@ impl Figure {
         if middle > 0.0 { (largest - smallest) / middle } else { 0.0 }
     }
 
+    /// What is to be reached, and whether it is.
+    fn goal(&self) -> Option<(String, bool)> {
+        let goal = targets::of(self.path, &self.measure)?;
+        let reached = match goal.measured_by {
+            targets::By::Ratio => self.ratio(Side::Culvert),
+            targets::By::Value => self.median(Side::Culvert),
+        };
+        Some((goal.to_string(), reached.is_some_and(|value| goal.is_met_by(value))))
+    }
+
     pub fn summary(&self) -> String {
-        let ratio = self.ratio().map(|ratio| format!(", ratio {ratio:.2}")).unwrap_or_default();
-        let (plain, culvert) = (short(self.plain()), short(self.culvert()));
-        format!("plain {plain}, Culvert {culvert} {}{ratio}", self.unit)
+        let told = |side| self.median(side).map_or_else(|| "–".to_owned(), short);
+        let ratio = |side| {
+            let ratio = self.ratio(side).map(|ratio| format!(" ({ratio:.2})"));
+            ratio.unwrap_or_default()
+        };
+        let (plain, culvert) = (told(Side::Plain), told(Side::Culvert));
+        format!("plain {plain}, Culvert {culvert} {}{}", self.unit, ratio(Side::Culvert))
     }
 
     fn json(&self) -> Value {
         json!({
             "path": self.path,
             "measure": self.measure,
-            "plain": self.plain(),
-            "culvert": self.culvert(),
-            "ratio": self.ratio(),
+            "plain": self.median(Side::Plain),
+            "culvert": self.median(Side::Culvert),
+            "ratio": self.ratio(Side::Culvert),
             "spread": self.spread(),
             "unit": self.unit,
+            "target": self.goal().map(|(goal, _)| goal),
+            "reached": self.goal().map(|(_, reached)| reached),
         })
     }
 }
@@ -94,23 +137,37 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let head = ["path", "measure", "plain", "Culvert", "unit", "ratio", "spread"];
-        writeln!(
-            f,
-            "{:<11} {:<30} {:>10} {:>10} {:<7} {:>7} {:>7}",
-            head[0], head[1], head[2], head[3], head[4], head[5], head[6]
-        )?;
-        for figure in &self.0 {
-            let ratio = figure.ratio().map_or_else(|| "–".to_owned(), |r| format!("{r:.2}"));
-            let spread = format!("{:.0} %", figure.spread() * 100.0);
+        let row = |f: &mut fmt::Formatter<'_>, cells: [&str; 8]| {
+            let [path, measure, plain, culvert, unit, ratio, spread, goal] = cells;
             writeln!(
                 f,
-                "{:<11} {:<30} {:>10} {:>10} {:<7} {ratio:>7} {spread:>7}",
-                figure.path,
-                figure.measure,
-                short(figure.plain()),
-                short(figure.culvert()),
-                figure.unit,
+                "{path:<11} {measure:<32} {plain:>10} {culvert:>10} {unit:<8} {ratio:>6} \
+                 {spread:>7}  {goal}"
+            )
+        };
+        let [plain, culvert, ratio] = ["plain", "Culvert", "ratio"];
+        row(f, ["path", "measure", plain, culvert, "unit", ratio, "spread", "to reach"])?;
+        for figure in &self.0 {
+            let told = |side| figure.median(side).map_or_else(|| "–".to_owned(), short);
+            let ratio = |side| {
+                figure.ratio(side).map_or_else(|| "–".to_owned(), |ratio| format!("{ratio:.2}"))
+            };
+            let goal = figure
+                .goal()
+                .map(|(goal, reached)| format!("{goal} {}", if reached { "✔" } else { "✘" }));
+            let spread = format!("{:.0} %", figure.spread() * 100.0);
+            row(
+                f,
+                [
+                    figure.path,
+                    &figure.measure,
+                    &told(Side::Plain),
+                    &told(Side::Culvert),
+                    figure.unit,
+                    &ratio(Side::Culvert),
+                    &spread,
+                    goal.as_deref().unwrap_or_default(),
+                ],
             )?;
         }
         Ok(())

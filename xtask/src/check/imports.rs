@@ -8,13 +8,14 @@ mod paths;
 use paths::Import;
 
 /// Foreign packages and the rooms of the agent that they live in.
-const ROOMS: [(&[&str], &[&str]); 8] = [
+const ROOMS: [(&[&str], &[&str]); 9] = [
     (&["aya", "aya_log", "aya_obj"], &["capture"]),
     (
         &["rustls", "tokio_rustls", "rustls_pki_types", "webpki", "x509_parser", "rcgen"],
         &["tls", "ca", "control"],
     ),
-    (&["h2", "hyper", "hyper_util"], &["hbone", "admin", "cli", "control"]),
+    (&["aws_lc_rs"], &["tls"]),
+    (&["hyper", "hyper_util"], &["admin", "cli", "control"]),
     (&["clap", "comfy_table"], &["cli"]),
     (
         &["prost", "prost_types", "tonic", "tonic_prost", "culvert_proto"],

@@ -20,7 +20,7 @@ use crate::telemetry::logging::{LogFormat, Logging};
 fn dumped(state: Fixed) -> Value {
     let log = Logging::new("info".parse().unwrap(), LogFormat::Plain, std::io::sink());
     let sources = Sources {
-        telemetry: Telemetry::new(None, None),
+        telemetry: Telemetry::new(None, &[]),
         readiness: Readiness::default(),
         log: log.control.clone(),
         state: Arc::new(state),

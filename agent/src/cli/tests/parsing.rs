@@ -87,8 +87,8 @@ fn run_reads_flags_and_environment() {
     let task =
         prepare(command, &environment(&[("NODE_NAME", "a"), ("CULVERT_WORKER_THREADS", "3")]), &[]);
     let task = task.unwrap();
-    assert_eq!(task.threads().get(), 3);
     let What::Run(config) = task.0 else { panic!("another task") };
+    assert_eq!(config.worker_threads.get(), 3);
     assert_eq!(&*config.node, "a");
     assert_eq!(config.servers.admin.port(), 0);
 

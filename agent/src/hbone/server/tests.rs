@@ -24,6 +24,19 @@ async fn a_client_without_preface_is_closed_after_the_limit() {
     assert!(matches!(task.await.unwrap(), Err(ServeError::NoPreface(_))));
 }
 
+#[tokio::test]
+async fn a_client_that_breaks_the_protocol_is_at_fault() {
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    let another = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n".to_vec();
+    let ping = [PREFACE, b"\0\0\x03\x06\0\0\0\0\0xyz"].concat();
+    for (bytes, told) in [(another, "http2 handshake failed"), (ping, "h2 failed")] {
+        let (mut client, serving) = served(Settings::default());
+        client.write_all(&bytes).await.unwrap();
+        let error = serving.await.unwrap().unwrap_err();
+        assert!(error.is_fault_of_peer() && error.to_string().starts_with(told), "{error}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_client_that_answers_no_ping_is_closed() {
     let (mut near, task) = served(Settings::default());
@@ -100,7 +113,7 @@ async fn requests_that_are_reset_at_once_do_not_pile_up() {
         let request = HttpRequest::connect("10.0.0.1:1").body(()).unwrap();
         if let Ok((_, mut stream)) = ready.send_request(request, false) {
             tokio::task::yield_now().await;
-            stream.send_reset(Reason::CANCEL);
+            stream.send_reset(h2::Reason::CANCEL);
         }
         send = ready;
     }

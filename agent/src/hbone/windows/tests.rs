@@ -56,5 +56,4 @@ fn the_connection_window_is_what_was_open_at_best() {
     peer.note_sent(8 << 20);
     peer.note_connection_update(8 << 20);
     assert_eq!(peer.connection.load(Relaxed), 16 << 20);
-    peer.note_stream_update(9, 5);
 }

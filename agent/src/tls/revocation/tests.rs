@@ -7,8 +7,7 @@ use tokio::io::{DuplexStream, duplex};
 
 use super::super::testing::{Authority, Leaf, Wanted};
 use super::super::{
-    ClientStream, HANDSHAKE_LIMIT, PeerFault, ServerStream, TlsError, Trust, WorkloadCertificate,
-    accept, connect,
+    HANDSHAKE_LIMIT, PeerFault, TlsError, TlsStream, Trust, WorkloadCertificate, accept, connect,
 };
 use super::*;
 
@@ -31,8 +30,8 @@ fn trust(revocations: &Revocations) -> Trust {
     Trust { revocations: revocations.clone(), ..Trust::default() }
 }
 
-type Accepted = Result<(ServerStream<DuplexStream>, Identity), TlsError>;
-type Connected = Result<ClientStream<DuplexStream>, TlsError>;
+type Accepted = Result<(TlsStream<DuplexStream>, Identity), TlsError>;
+type Connected = Result<TlsStream<DuplexStream>, TlsError>;
 
 async fn handshake(
     server: &WorkloadCertificate,

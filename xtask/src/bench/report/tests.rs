@@ -2,7 +2,13 @@ use super::*;
 
 fn figure(rounds: &[(f64, f64)]) -> Figure {
     let (path, measure) = ("same", "throughput-1".to_owned());
-    Figure { path, measure, rounds: rounds.to_vec(), unit: "Gbit/s" }
+    let round = |(plain, culvert): &(f64, f64)| {
+        let mut round = Round::default();
+        round.set(Side::Plain, *plain);
+        round.set(Side::Culvert, *culvert);
+        round
+    };
+    Figure { path, measure, rounds: rounds.iter().map(round).collect(), unit: "Gbit/s" }
 }
 
 #[test]
@@ -25,4 +31,11 @@ fn a_plain_path_that_costs_nothing_has_no_ratio() {
     let figure = figure(&[(0.0, 2.0), (0.0, 3.0)]);
     assert_eq!(figure.json()["ratio"], Value::Null);
     assert_eq!(figure.json()["culvert"], 2.5);
+}
+
+#[test]
+fn a_target_is_told_beside_what_was_reached() {
+    let reached = |culvert| figure(&[(10.0, culvert)]).json()["reached"].clone();
+    assert_eq!(figure(&[(10.0, 9.0)]).json()["target"], "≥ 0.97");
+    assert_eq!((reached(9.0), reached(9.8)), (Value::Bool(false), Value::Bool(true)));
 }

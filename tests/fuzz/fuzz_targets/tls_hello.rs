@@ -1,0 +1,2 @@
+#![no_main]
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| culvert_tests::parsers::run("tls_hello", bytes));
