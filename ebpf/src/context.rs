@@ -5,7 +5,10 @@
 //! field is read by itself with a volatile read, and chosen from afterwards. No context is ever
 //! copied whole.
 
-use aya_ebpf::bindings::{bpf_sk_lookup, bpf_sock_addr, bpf_sock_ops};
+use aya_ebpf::bindings::{
+    BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK, bpf_sk_lookup,
+    bpf_sock_addr, bpf_sock_ops,
+};
 use culvert_abi::{Address, DNS_PORT, OUTBOUND_PORT};
 
 /// `AF_INET`.
@@ -175,5 +178,18 @@ pub unsafe fn set_words6(addr: *mut bpf_sock_addr, [a, b, c, d]: [u32; 4]) {
         write!((*addr).user_ip6[1], b);
         write!((*addr).user_ip6[2], c);
         write!((*addr).user_ip6[3], d);
+    }
+}
+
+/// Whether our FIN is among the bytes acknowledged, and the server's among those received, when a
+/// socket closes from this state. One that waits for the server's FIN has it if anything arrived
+/// since its own was acknowledged, unless the application gave up reading in between.
+#[inline(always)]
+pub fn fins(old: u32, all_acked: bool, more_received: bool) -> (bool, bool) {
+    match old {
+        BPF_TCP_FIN_WAIT2 => (true, more_received),
+        BPF_TCP_LAST_ACK | BPF_TCP_CLOSING => (all_acked, true),
+        BPF_TCP_CLOSE_WAIT => (false, true),
+        _ => (false, false),
     }
 }

@@ -13,8 +13,7 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
     BPF_EXIST, BPF_NOEXIST, BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP,
     BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, BPF_TCP_CLOSE,
-    BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK,
-    bpf_sock, bpf_sock_ops,
+    BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT2, bpf_sock, bpf_sock_ops,
 };
 use aya_ebpf::helpers::generated::{
     bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_reserve_hdr_opt,
@@ -31,7 +30,7 @@ use culvert_abi::{
 };
 
 use crate::connect::Connect;
-use crate::context::{Ends, read};
+use crate::context::{Ends, fins, read};
 use crate::counts::count_direct;
 use crate::joint;
 use crate::maps::{
@@ -475,19 +474,6 @@ fn tell(ops: *mut bpf_sock_ops, kind: u32, old: u32, key: &DirectKey, flow: &Dir
     let unread = unsafe { bpf_ringbuf_query(events, BPF_RB_AVAIL_DATA.into()) };
     let wake = if unread >= WAKE_AT { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP };
     entry.submit(wake.into());
-}
-
-/// Whether our FIN is among the bytes acknowledged, and the server's among those received, when a
-/// socket closes from this state. One that waits for the server's FIN has it if anything arrived
-/// since its own was acknowledged, unless the application gave up reading in between.
-#[inline(always)]
-fn fins(old: u32, all_acked: bool, more_received: bool) -> (bool, bool) {
-    match old {
-        BPF_TCP_FIN_WAIT2 => (true, more_received),
-        BPF_TCP_LAST_ACK | BPF_TCP_CLOSING => (all_acked, true),
-        BPF_TCP_CLOSE_WAIT => (false, true),
-        _ => (false, false),
-    }
 }
 
 /// Adds atomically, which the library has no function for on this target.

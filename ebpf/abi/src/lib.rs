@@ -229,7 +229,6 @@ impl SocketState {
     pub const ANNOUNCED: u32 = 1;
     /// The direct connection is to be accelerated.
     pub const ACCELERATED: u32 = 2;
-
     /// One that is not about a direct connection.
     #[inline(always)]
     pub const fn new(role: SocketRole, original: Address, port: u32, own: Address) -> Self {
