@@ -11,7 +11,7 @@ mod meter;
 mod table;
 mod verdicts;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,8 +26,8 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::ca::Certificates;
-use crate::capture::Redirection;
 use crate::capture::direct::{DirectFlow, SocketCookie};
+use crate::capture::{CaptureError, Redirection};
 use crate::node::{LocalPods, Mesh, Node};
 use crate::pods::Pod;
 use crate::telemetry::DirectReading;
@@ -47,8 +47,6 @@ const LONGEST_BEAT: Duration = Duration::from_secs(10);
 const ADOPTION_LIMIT: Duration = Duration::from_secs(20);
 /// How often it looks meanwhile.
 const ADOPTION_LOOK: Duration = Duration::from_millis(20);
-/// How many connections are remembered that the agent carries at their destination's end.
-const HANDED: usize = 1024;
 
 /// The kernel's share of the connections between pods of this node. Cloning copies a pointer.
 #[derive(Clone)]
@@ -58,9 +56,6 @@ struct Inner {
     verdicts: Verdicts,
     offers: mpsc::Sender<VerdictKey>,
     offered: Mutex<Option<mpsc::Receiver<VerdictKey>>>,
-    /// Connections whose verdict was taken back while they were on their way: the agent has accepted
-    /// them in the destination's place, and tells of them there.
-    handed: Mutex<VecDeque<SocketCookie>>,
     live: Mutex<HashMap<SocketCookie, Live>>,
     stopped: CancellationToken,
 }
@@ -87,7 +82,6 @@ impl Direct {
             verdicts: Verdicts::new(capture, certificates, terms),
             offers,
             offered: Mutex::new(Some(offered)),
-            handed: Mutex::default(),
             live: Mutex::default(),
             stopped: CancellationToken::new(),
         })))
@@ -125,22 +119,15 @@ impl Direct {
     }
 
     /// The direct connection that arrived with these addresses at the agent, because its verdict was
-    /// taken back while it was on its way. Who it comes from is proven by the kernel.
-    pub fn handed(&self, client: SocketAddr, server: SocketAddr) -> Option<DirectFlow> {
-        let kernel = self.0.verdicts.capture().direct()?;
-        let flow = match kernel.flow(client, server) {
-            Ok(flow) => flow?,
-            Err(error) => {
-                tracing::warn!(%client, %server, %error, "cannot tell whose connection this is");
-                return None;
-            }
-        };
-        let mut handed = self.0.handed.lock();
-        handed.push_back(flow.socket);
-        if handed.len() > HANDED {
-            handed.pop_front();
-        }
-        Some(flow)
+    /// taken back while it was on its way. Who it comes from is proven by the kernel; `None` when its
+    /// client has closed it meanwhile.
+    pub fn retracted(
+        &self,
+        client: SocketAddr,
+        server: SocketAddr,
+    ) -> Result<Option<DirectFlow>, CaptureError> {
+        let Some(kernel) = self.0.verdicts.capture().direct() else { return Ok(None) };
+        kernel.flow(client, server)
     }
 
     /// Ready when verdicts of these pods were taken back.
@@ -160,10 +147,6 @@ impl Direct {
     pub fn measure(&self, pods: &LocalPods) {
         let meters: Vec<_> = self.live().values().map(|live| live.meter.clone()).collect();
         meter::read(&meters, pods);
-    }
-
-    fn is_handed(&self, socket: SocketCookie) -> bool {
-        self.0.handed.lock().contains(&socket)
     }
 
     /// The verdict that holds for connections from a workload of this node; none yet; or why none.

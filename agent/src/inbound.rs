@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::accept::{accept_until, ended};
 use crate::drain::DrainWatch;
@@ -33,7 +33,19 @@ pub async fn serve_plaintext(
     let end = ended(&pod, drain.clone());
     accept_until(&listener, end, |tcp, peer: SocketAddr| {
         let (node, pod, drain) = (node.clone(), node.successor(&pod), drain.clone());
-        tokio::spawn(async move { plaintext::carry(&node, &pod, tcp, peer, drain).await });
+        let from = (plaintext::From::Anyone, peer);
+        tokio::spawn(async move { plaintext::carry(&node, &pod, tcp, from, drain).await });
     })
     .await;
+}
+
+/// Serves a direct connection to `pod` whose verdict was taken back while it was on its way.
+pub async fn serve_retracted(
+    node: Arc<Node>,
+    pod: Arc<Pod>,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    drain: DrainWatch,
+) {
+    plaintext::carry(&node, &pod, tcp, (plaintext::From::Neighbour, peer), drain).await;
 }

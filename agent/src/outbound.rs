@@ -24,12 +24,28 @@ mod local;
 mod plain;
 mod tunnel;
 
-/// Serves the captured connections of `pod` until it leaves or the agent drains.
-pub async fn serve(node: Arc<Node>, pod: Arc<Pod>, listener: TcpListener, drain: DrainWatch) {
+/// Serves the captured connections of `pod` until it leaves or the agent drains. `retracted` gets the
+/// direct connections to it that the kernel could not admit after all.
+pub async fn serve<F: Future<Output = ()> + Send>(
+    node: Arc<Node>,
+    pod: Arc<Pod>,
+    listener: TcpListener,
+    drain: DrainWatch,
+    retracted: impl Fn(Arc<Node>, Arc<Pod>, TcpStream, SocketAddr, DrainWatch) -> F
+    + Copy
+    + Send
+    + 'static,
+) {
     let end = ended(&pod, drain.clone());
     accept_until(&listener, end, |client, peer| {
         let (node, pod, drain) = (node.clone(), node.successor(&pod), drain.clone());
-        tokio::spawn(async move { carry(&node, &pod, client, peer, drain).await });
+        tokio::spawn(async move {
+            if node.capture.is_retracted(&client) {
+                retracted(node, pod, client, peer, drain).await;
+            } else {
+                carry(&node, &pod, client, peer, drain).await;
+            }
+        });
     })
     .await;
 }

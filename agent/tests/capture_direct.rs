@@ -372,7 +372,7 @@ fn verdict_taken_back_under_way_leads_to_the_agent() {
     mesh.direct().remove_verdict(&mesh.key(vip)).unwrap();
     ip(&format!("-n {} link set {host} up", mesh.node.name()));
     mesh.node.route_to(&mesh.client);
-    let accepted = accept(&mesh.incoming.plaintext);
+    let accepted = accept(&mesh.incoming.outbound);
     let peer = canonical(accepted.peer_addr().unwrap());
     let flow = mesh.direct().flow(peer, canonical(accepted.local_addr().unwrap())).unwrap();
     let flow = flow.expect("whose connection it is");
@@ -465,7 +465,7 @@ fn not_a_byte_goes_to_a_stranger_that_took_a_pods_address() {
         // Not even its end of the handshake leaves.
         assert!(is_idle(&application));
         let [flow] = mesh.flows()[..] else { panic!("{:?}", mesh.flows()) };
-        assert!(!flow.arrived && flow.established_at.is_some());
+        assert!(flow.arrival.is_none() && flow.established_at.is_some());
         assert!(direct::destroy(&flow, Some(&mesh.client.netns), None).unwrap());
         eventually("the record goes", || mesh.flows().is_empty());
         assert!(is_idle(&application));

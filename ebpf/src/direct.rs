@@ -266,17 +266,19 @@ pub fn arriving(netns: u64, ends: &Ends) -> Arriving {
         destination_port: ends.local_port,
     };
     let Some(flow) = flows.get_ptr_mut(key) else { return Arriving::Unknown };
-    // SAFETY: the entry stays valid while the program runs, and its client lives; nobody else writes
-    // the field.
-    let (id, destination, original, port) = unsafe {
-        (*flow).arrived = 1;
-        ((*flow).verdict, (*flow).destination, (*flow).original, (*flow).port)
-    };
+    // SAFETY: the entry stays valid while the program runs, and its client lives.
+    let (id, destination, original, port) =
+        unsafe { ((*flow).verdict, (*flow).destination, (*flow).original, (*flow).port) };
     let key = VerdictKey { netns: source, destination: original, port, reserved: 0 };
     let verdict = VERDICTS.get_ptr(key);
     // SAFETY: the entry stays readable while the program runs.
     let valid = verdict.is_some_and(|verdict| unsafe { (*verdict).id == id && holds(&*verdict) });
-    if valid && destination == netns {
+    let admitted = valid && destination == netns;
+    // SAFETY: as above; nobody else writes the field.
+    unsafe {
+        (*flow).arrived = if admitted { DirectFlow::ADMITTED } else { DirectFlow::RETRACTED }
+    };
+    if admitted {
         count_direct(|counts| &mut counts.admitted);
         Arriving::Admitted
     } else {

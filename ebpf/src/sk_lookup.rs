@@ -108,8 +108,9 @@ fn from_outside(ctx: &SkLookupContext, netns: u64, ends: &Ends) -> u32 {
     match arriving(netns, ends) {
         Arriving::Unknown => {}
         Arriving::Admitted => return SK_PASS,
-        // The agent knows whose it is, and judges it.
-        Arriving::Retracted => return lead(ctx, netns, port, Listener::Plaintext),
+        // The agent judges it as its source's. On the plaintext listener it would be nobody's, should
+        // its record be gone by then; what is not captured is on the outbound one for this alone.
+        Arriving::Retracted => return lead(ctx, netns, port, Listener::Outbound),
     }
     if beside_cni && ends.remote.is_node_probe() {
         debug!(ctx, "netns {}: port {} from the node itself", netns, port);

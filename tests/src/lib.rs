@@ -9,6 +9,7 @@ pub mod cni;
 pub mod control;
 pub mod direct;
 pub mod figures;
+pub mod hunt;
 pub mod load;
 pub mod names;
 pub mod parsers;

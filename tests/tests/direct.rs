@@ -5,7 +5,7 @@
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use culvert_lab::agent::Agent;
@@ -13,6 +13,7 @@ use culvert_lab::mesh::{Match, Mesh, PodSpec, PolicySpec, Running, ServiceSpec};
 use culvert_lab::wait;
 use culvert_tests::direct::{Lateness, Stream, Verdict, closed, opened, verdict, warm, with};
 use culvert_tests::expect::{answer, counted, edit, is_refused, is_reset, logged, rule};
+use culvert_tests::hunt::{Hunt, answer_one};
 use culvert_tests::load::Load;
 use culvert_tests::upgrade::{patient, upgrade, wait_ended};
 use culvert_tests::{LIMIT, binary, call, connect, echo, serve, who};
@@ -328,56 +329,16 @@ fn without_an_agent_verdicts_end_after_the_time_that_was_set() {
     assert_eq!(call(&mesh, "client", to, "back").unwrap(), "back");
 }
 
-/// A server that counts what it accepted, per port.
-fn counting(mesh: &Running, pod: &str, port: u16) -> Arc<AtomicU64> {
-    let count = Arc::new(AtomicU64::new(0));
-    let counted = count.clone();
-    serve(mesh, pod, port, move |stream, peer| {
-        counted.fetch_add(1, Ordering::SeqCst);
-        echo(stream, peer);
-    })
-    .unwrap();
-    count
-}
-
-/// Connects from `pod` until told to stop, whatever comes of it.
-fn hammer(
-    mesh: &Running,
-    pod: &str,
-    to: (IpAddr, u16),
-    stop: &Arc<AtomicBool>,
-) -> std::thread::JoinHandle<u64> {
-    let (netns, stop) = (mesh.pod(pod).place().netns().clone(), stop.clone());
-    std::thread::spawn(move || {
-        netns.run(|| {
-            let mut tried = 0;
-            while !stop.load(Ordering::Relaxed) {
-                tried += 1;
-                let Ok(mut stream) = TcpStream::connect_timeout(&to.into(), LIMIT) else {
-                    continue;
-                };
-                stream.set_read_timeout(Some(LIMIT)).unwrap();
-                if stream.write_all(b"x").is_ok() {
-                    // Refused or answered: the other end counts.
-                    let _ = stream.read(&mut [0; 1]);
-                }
-            }
-            tried
-        })
-    })
-}
-
 #[test]
 fn while_policies_flip_nothing_is_admitted_that_is_denied() {
     const FLIPS: usize = 300;
     let mut mesh = started();
-    let admitted = counting(&mesh, "near", 8081);
     let a = mesh.agent("a", &binary()).unwrap();
     let [ip, _] = mesh.pod("near").addresses();
     let to = (ip, 8081);
+    serve(&mesh, "near", to.1, answer_one).unwrap();
     warm(&mesh, &a, "client", to).unwrap();
-    let stop = Arc::new(AtomicBool::new(false));
-    let hammers: Vec<_> = (0..3).map(|_| hammer(&mesh, "client", to, &stop)).collect();
+    let hunt = Hunt::start(&mesh, "client", &[to; 3]);
     // What flips beside it touches nobody's verdict.
     let unrelated = PolicySpec::deny("unrelated", "web", vec![rule(Match::any().port(1))]);
     for flip in 0..FLIPS {
@@ -388,30 +349,21 @@ fn while_policies_flip_nothing_is_admitted_that_is_denied() {
             }
         })
         .unwrap();
-        std::thread::park_timeout(Duration::from_millis(5));
+        wait::pass(Duration::from_millis(5));
     }
     for _ in 0..20 {
         edit(&mut mesh, &[&a], |mesh| mesh.policies.push(no_client())).unwrap();
-        // What was accepted before is on its way to the counter for a moment yet.
-        let settled = || {
-            let before = admitted.load(Ordering::SeqCst);
-            std::thread::park_timeout(Duration::from_millis(20));
-            admitted.load(Ordering::SeqCst) == before
-        };
-        wait::until("the last admitted connection", wait::SOON, settled).unwrap();
-        let before = admitted.load(Ordering::SeqCst);
-        let until = Instant::now() + Duration::from_millis(100);
-        while Instant::now() < until {
-            std::thread::park_timeout(Duration::from_millis(10));
-        }
-        assert_eq!(admitted.load(Ordering::SeqCst), before, "admitted while denied");
+        hunt.denied();
+        wait::pass(Duration::from_millis(100));
+        hunt.undone();
         edit(&mut mesh, &[&a], |mesh| mesh.policies.clear()).unwrap();
-        let again = || admitted.load(Ordering::SeqCst) > before + 20;
+        let before = opened(&a).unwrap();
+        let again = || opened(&a).unwrap() > before + 20.0;
         wait::until("connections again", wait::SOON, again).unwrap();
     }
-    stop.store(true, Ordering::Relaxed);
-    let tried: u64 = hammers.into_iter().map(|hammer| hammer.join().unwrap()).sum();
-    assert!(opened(&a).unwrap() > 100.0, "of {tried}");
+    let tally = hunt.end();
+    assert_eq!(tally.served_though_denied, 0, "{tally:?}");
+    assert!(tally.denied >= 20 && tally.served >= 400, "{tally:?}");
 }
 
 #[test]
@@ -431,6 +383,18 @@ fn with_room_for_one_verdict_in_a_hundred_all_destinations_are_reached() {
     }
     assert!(a.metric("culvert_direct_verdicts_refused_total", &[]).unwrap() > 0.0);
     assert_eq!(a.metric("culvert_direct_verdicts", &[]).unwrap(), 1.0);
+}
+
+/// A server that counts what it accepted, per port.
+fn counting(mesh: &Running, pod: &str, port: u16) -> Arc<AtomicU64> {
+    let count = Arc::new(AtomicU64::new(0));
+    let counted = count.clone();
+    serve(mesh, pod, port, move |stream, peer| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        echo(stream, peer);
+    })
+    .unwrap();
+    count
 }
 
 #[test]

@@ -5,22 +5,17 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use culvert_lab::mesh::{Mesh, Running, ServiceSpec};
+use culvert_lab::mesh::{Mesh, ServiceSpec};
 use culvert_lab::wait;
 use culvert_proto::istio::security::string_match::MatchType;
 use culvert_proto::istio::security::{Authorization, Clause, Match, Rule, StringMatch};
 use culvert_tests::cluster::Cluster;
 use culvert_tests::control::World;
 use culvert_tests::direct::{Lateness, Stream, opened, warm};
-use culvert_tests::{LIMIT, connect, echo, serve};
-use socket2::SockRef;
+use culvert_tests::hunt::{Hunt, answer_one};
+use culvert_tests::{connect, echo, serve};
 
 const PORT: u16 = 8080;
 /// Where connections are held open.
@@ -44,67 +39,6 @@ fn no_client() -> Authorization {
     }
 }
 
-/// What is known of the policy: the number of the flip, odd while it is certain that it denies.
-#[derive(Default)]
-struct Watch {
-    flip: AtomicU64,
-    stop: AtomicBool,
-}
-
-/// Connections, by what was known from their beginning to their end.
-#[derive(Debug, Default)]
-struct Tally {
-    denied: u64,
-    /// Of these: what must never happen.
-    served_though_denied: u64,
-    others: u64,
-    served: u64,
-}
-
-impl std::ops::AddAssign for Tally {
-    fn add_assign(&mut self, other: Self) {
-        self.denied += other.denied;
-        self.served_though_denied += other.served_though_denied;
-        self.others += other.others;
-        self.served += other.served;
-    }
-}
-
-/// One connection, which counts as served when the application has answered.
-fn is_served(to: SocketAddr) -> bool {
-    let once = || -> io::Result<bool> {
-        let mut stream = TcpStream::connect_timeout(&to, LIMIT)?;
-        stream.set_read_timeout(Some(LIMIT))?;
-        // Nothing is left waiting, or the ports would not last.
-        SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
-        stream.write_all(b"x")?;
-        Ok(stream.read(&mut [0])? == 1)
-    };
-    once().unwrap_or(false)
-}
-
-fn hammer(mesh: &Running, to: SocketAddr, watch: &Arc<Watch>) -> JoinHandle<Tally> {
-    let (netns, watch) = (mesh.pod("client").place().netns().clone(), watch.clone());
-    std::thread::spawn(move || {
-        netns.run(|| {
-            let mut tally = Tally::default();
-            while !watch.stop.load(Ordering::Relaxed) {
-                let before = watch.flip.load(Ordering::SeqCst);
-                let served = is_served(to);
-                let denied = before % 2 == 1 && watch.flip.load(Ordering::SeqCst) == before;
-                if denied {
-                    tally.denied += 1;
-                    tally.served_though_denied += u64::from(served);
-                } else {
-                    tally.others += 1;
-                    tally.served += u64::from(served);
-                }
-            }
-            tally
-        })
-    })
-}
-
 /// Changes the policies, and waits until the agent has acknowledged it.
 fn flip(world: &World, change: impl FnOnce(&World)) {
     let before = world.accepted();
@@ -112,7 +46,7 @@ fn flip(world: &World, change: impl FnOnce(&World)) {
     let limit = Instant::now() + wait::SOON;
     while world.accepted() == before {
         assert!(Instant::now() < limit, "not acknowledged");
-        std::thread::park_timeout(Duration::from_micros(100));
+        wait::pass(Duration::from_micros(100));
     }
 }
 
@@ -127,14 +61,7 @@ fn nothing_is_served_that_is_known_to_be_denied() {
         // The control plane is on the first node's address, which is one of its link to another.
         .node("b");
     let (mesh, cluster) = Cluster::start(mesh, false).unwrap();
-    serve(&mesh, "near", PORT, |mut stream, _| {
-        if let Ok(1) = stream.read(&mut [0]) {
-            // It may have been cut off.
-            let _ = stream.write_all(b"y");
-            let _ = stream.read(&mut [0]);
-        }
-    })
-    .unwrap();
+    serve(&mesh, "near", PORT, answer_one).unwrap();
     serve(&mesh, "near", HELD, echo).unwrap();
     let agent = cluster.culvert(&mesh, "a").unwrap();
     let to = mesh.pod("near").addresses().map(|ip| (ip, PORT));
@@ -145,8 +72,7 @@ fn nothing_is_served_that_is_known_to_be_denied() {
     }
     let world = cluster.plane(|plane| plane.world.clone()).unwrap();
     let policy = no_client();
-    let watch = Arc::new(Watch::default());
-    let hammers: Vec<_> = to.iter().map(|to| hammer(&mesh, (*to).into(), &watch)).collect();
+    let hunt = Hunt::start(&mesh, "client", &to);
     let direct = opened(&agent).unwrap();
     let begun = Instant::now();
     let (mut flips, mut ended) = (0_u64, 0);
@@ -157,22 +83,20 @@ fn nothing_is_served_that_is_known_to_be_denied() {
             [(); 2].map(|()| Stream::start(&mesh, "client", held).unwrap())
         });
         flip(&world, |world| world.put_policy(&policy));
-        watch.flip.fetch_add(1, Ordering::SeqCst);
+        hunt.denied();
         if let Some(live) = live {
             let over = || live.iter().all(Stream::is_finished);
             wait::until("the end of what is denied", wait::SOON, over).unwrap();
             ended += live.len();
             live.into_iter().for_each(|stream| assert!(stream.stop().is_err()));
         }
-        std::thread::park_timeout(WINDOW);
-        watch.flip.fetch_add(1, Ordering::SeqCst);
+        wait::pass(WINDOW);
+        hunt.undone();
         flip(&world, |world| world.remove_policy("shop/no-client"));
-        std::thread::park_timeout(WINDOW);
+        wait::pass(WINDOW);
         flips += 2;
     }
-    watch.stop.store(true, Ordering::Relaxed);
-    let mut tally = Tally::default();
-    hammers.into_iter().for_each(|hammer| tally += hammer.join().unwrap());
+    let tally = hunt.end();
     let direct = opened(&agent).unwrap() - direct;
     let late = Lateness::of(&agent).unwrap();
     let rate = flips as f64 / begun.elapsed().as_secs_f64();

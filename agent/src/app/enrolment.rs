@@ -383,7 +383,10 @@ impl Enrolment {
         let own = || (self.node.clone(), pod.clone());
         let ((a, b), (c, d), (e, f)) = (own(), own(), own());
         Ok(vec![
-            self.spawn(&worker, outbound::serve(a, b, outbound, self.drain.clone())),
+            self.spawn(
+                &worker,
+                outbound::serve(a, b, outbound, self.drain.clone(), inbound::serve_retracted),
+            ),
             self.spawn(&worker, inbound::serve_plaintext(c, d, plaintext, self.drain.clone())),
             self.spawn(&worker, inbound::serve_hbone(e, f, hbone, self.drain.clone())),
         ])

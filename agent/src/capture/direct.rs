@@ -46,13 +46,22 @@ pub struct DirectFlow {
     pub verdict: VerdictId,
     /// The client's socket.
     pub socket: SocketCookie,
-    /// Whether it came to the destination's pod. One that is established and did not is somebody
-    /// else's, and no byte of it leaves.
-    pub arrived: bool,
+    /// What became of it at the destination's pod. One that is established and did not come there is
+    /// somebody else's, and no byte of it leaves.
+    pub arrival: Option<Arrival>,
     /// When its SYN left, in time since the machine was started (`CLOCK_BOOTTIME`), as is the next.
     pub connected_at: Duration,
     /// `None` while it waits for an answer.
     pub established_at: Option<Duration>,
+}
+
+/// Who has the destination's end of a direct connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// The application.
+    Admitted,
+    /// The agent: the verdict was taken back while the connection was on its way.
+    Retracted,
 }
 
 impl DirectFlow {
@@ -185,8 +194,9 @@ impl Direct {
     }
 
     /// The connection that arrives with these addresses, if an enrolled pod of this node opened it
-    /// as a direct one. A connection on the plaintext listener that is among these has its identity
-    /// proven: its verdict was taken back while it was on its way, and the agent judges it anew.
+    /// as a direct one, and its client's socket has not closed. The identity of a connection among
+    /// these is proven: where its verdict was taken back while it was on its way, the agent accepts it
+    /// on the outbound listener and judges it anew.
     pub fn flow(
         &self,
         client: SocketAddr,

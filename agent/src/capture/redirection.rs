@@ -69,6 +69,13 @@ impl Redirection {
         }
     }
 
+    /// Whether a connection that was accepted on the outbound port is not the pod's own, but a direct
+    /// one to the pod whose verdict was taken back while it was on its way: see [`Direct::flow`].
+    pub fn is_retracted(&self, accepted: &TcpStream) -> bool {
+        let port = accepted.local_addr().map(|local| local.port());
+        matches!((self, port), (Redirection::Ebpf(_), Ok(port)) if port != OUTBOUND_PORT)
+    }
+
     /// Keeps a socket of the agent from being captured by the kernel programs. istio-cni's rules
     /// look at its mark instead.
     pub fn exempt(&self, socket: impl AsFd) -> Result<(), CaptureError> {

@@ -106,7 +106,7 @@ impl Flows {
         if self.direct.live().contains_key(&flow.socket) {
             return;
         }
-        if !flow.arrived {
+        if flow.arrival.is_none() {
             let (client, server) = (flow.client, flow.server);
             tracing::warn!(%client, %server, "a direct connection was answered by nobody of ours");
             // That it has ended is heard of.
@@ -210,7 +210,7 @@ async fn destroy(node: &Node, flow: DirectFlow) {
 fn tell_whole(node: &Node, flow: &DirectFlow, told: &Told, facts: TcpFacts) {
     let outcome = match facts.ended {
         Ended::Refused => Err(refused()),
-        Ended::Finished | Ended::Aborted if !flow.arrived => Err(astray()),
+        Ended::Finished | Ended::Aborted if flow.arrival.is_none() => Err(astray()),
         Ended::Finished | Ended::Aborted => {
             if !told.handed {
                 // For the log, and for policies in dry run.

@@ -1,4 +1,5 @@
-//! Inbound connections without a tunnel: no identity, the same policies.
+//! Inbound connections without a tunnel: the same policies, and no identity but of those that the
+//! kernel vouches for.
 
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -11,8 +12,7 @@ use tokio::net::TcpStream;
 
 use crate::accept::{reset, tune};
 use crate::ca::CaError;
-use crate::capture::direct::DirectFlow;
-use crate::capture::plaintext_dst;
+use crate::capture::{CaptureError, plaintext_dst};
 use crate::connections::{Direction, LiveConnection, Protocol};
 use crate::decide::decide;
 use crate::drain::DrainWatch;
@@ -22,11 +22,20 @@ use crate::relay;
 use crate::session::{self, Ends};
 use crate::telemetry::{ConnectionContext, Failure, Reporter, ResponseFlag};
 
+/// Who a connection is from.
+#[derive(Clone, Copy)]
+pub(super) enum From {
+    /// Nobody known.
+    Anyone,
+    /// A pod of this node: a direct connection whose verdict was taken back under way.
+    Neighbour,
+}
+
 pub(super) async fn carry(
     node: &Node,
     pod: &Arc<Pod>,
     tcp: TcpStream,
-    peer: SocketAddr,
+    (from, peer): (From, SocketAddr),
     drain: DrainWatch,
 ) {
     let _open = node.telemetry.socket_opened(Reporter::Destination);
@@ -44,16 +53,17 @@ pub(super) async fn carry(
         Err(error) => return failed(tcp, &error),
     };
     let arrival = Arrival { node, pod, peer, local, drain };
-    let flow = node.direct.as_ref().and_then(|direct| direct.handed(peer, addressed));
-    if let Some(flow) = flow {
-        return match arrival.admit_direct(&flow).await {
-            Ok((source, admission)) => arrival.judge(tcp, Some(source), admission).await,
-            Err(error) => failed(tcp, &error),
-        };
-    }
-    match admit::admit_plaintext(&node.mesh.snapshot(), &arrival.local, addressed, peer) {
-        Ok(admission) => arrival.judge(tcp, None, admission).await,
-        Err(refusal) => failed(tcp, &refusal),
+    let admitted = match from {
+        From::Anyone => {
+            admit::admit_plaintext(&node.mesh.snapshot(), &arrival.local, addressed, peer)
+                .map(|admission| (None, admission))
+                .map_err(NotAdmitted::from)
+        }
+        From::Neighbour => arrival.admit_direct(addressed).await,
+    };
+    match admitted {
+        Ok((source, admission)) => arrival.judge(tcp, source, admission).await,
+        Err(error) => failed(tcp, &error),
     }
 }
 
@@ -66,9 +76,13 @@ struct Arrival<'a> {
     drain: DrainWatch,
 }
 
-/// Why a connection that was on its way straight to the pod goes no further.
+/// Why a connection goes no further.
 #[derive(Debug, thiserror::Error)]
 enum NotAdmitted {
+    #[error("cannot tell which pod it comes from: {0}")]
+    Unknown(#[from] CaptureError),
+    #[error("its client has closed it before it was known which pod it comes from")]
+    Closed,
     #[error("the pod it comes from is not enrolled any more")]
     Stranger,
     #[error("identity error: {0}")]
@@ -82,9 +96,11 @@ impl Arrival<'_> {
     /// is judged as one that went through the agent all the way.
     async fn admit_direct(
         &self,
-        flow: &DirectFlow,
-    ) -> Result<(Arc<Workload>, Admission), NotAdmitted> {
+        addressed: SocketAddr,
+    ) -> Result<(Option<Arc<Workload>>, Admission), NotAdmitted> {
         let node = self.node;
+        let direct = node.direct.as_ref().ok_or(NotAdmitted::Stranger)?;
+        let flow = direct.retracted(self.peer, addressed)?.ok_or(NotAdmitted::Closed)?;
         let pods = node.mesh.pods();
         let source = pods.iter().find(|(pod, _)| pod.netns.cookie() == flow.source);
         let source = source
@@ -105,7 +121,7 @@ impl Arrival<'_> {
             header_to: node.options.header_to,
         };
         let admission = decide(node, |view| admit::admit(view, &inbound)).await?;
-        Ok((source, admission))
+        Ok((Some(source), admission))
     }
 
     /// `proven` is the source, where the kernel vouches for it.

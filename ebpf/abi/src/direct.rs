@@ -97,13 +97,21 @@ pub struct DirectFlow {
     pub original: Address,
     /// Port of that, in host byte order.
     pub port: u32,
-    /// 1 once the destination's end has seen it come.
+    /// What the destination's end made of it: nothing yet, [`DirectFlow::ADMITTED`] or
+    /// [`DirectFlow::RETRACTED`].
     pub arrived: u32,
     /// Nanoseconds of `CLOCK_BOOTTIME`, as is the next; zero while it waits for an answer.
     pub connected_at: u64,
     pub established_at: u64,
     /// Bytes that had been received when the client's FIN was acknowledged.
     pub half_received: u64,
+}
+
+impl DirectFlow {
+    /// The application has it.
+    pub const ADMITTED: u32 = 1;
+    /// The agent has it: its verdict was gone.
+    pub const RETRACTED: u32 = 2;
 }
 
 /// How many direct connections a pod has.

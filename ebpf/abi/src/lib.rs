@@ -304,6 +304,8 @@ pub struct Probe {
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Listener {
+    /// Also for direct connections to the pod whose verdict was taken back under way: their port is
+    /// not [`OUTBOUND_PORT`].
     Outbound = 0,
     Plaintext = 1,
     Hbone = 2,

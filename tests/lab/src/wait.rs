@@ -37,13 +37,15 @@ pub fn until_some_within<T, E: Display>(
             Err(reason) if start.elapsed() >= limit => {
                 bail!("waited {limit:?} for {what}: {reason:#}")
             }
-            Err(_) => nap(pause),
+            Err(_) => pass(pause),
         }
         pause = (pause * 2).min(longest);
     }
 }
 
-#[allow(clippy::disallowed_methods, reason = "the one place where the lab sleeps between probes")]
-fn nap(pause: Duration) {
-    std::thread::sleep(pause);
+/// Lets time pass between two things that a scenario does, or in which it watches that something does
+/// not happen. Not to wait for anything.
+#[allow(clippy::disallowed_methods, reason = "the one place where the lab sleeps")]
+pub fn pass(time: Duration) {
+    std::thread::sleep(time);
 }

@@ -3,7 +3,7 @@
 //! An answer alone proves nothing, for it may have come in clear. A call counts as carried by the
 //! mesh when the agents of both ends tell of it with both identities.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
@@ -139,7 +139,16 @@ pub enum Through {
 
 /// Looks for a call in the log of the caller's agent and in that of the destination's; says what
 /// is missing.
-pub fn check(call: &Expected, leaving: &[Line], arriving: &[Line]) -> Result<(), String> {
+///
+/// Where packet rules capture, the kernel gives a connection another port when its own is in use by
+/// one to another address, and the agent knows no other. `taken` are the addresses that belong to a
+/// call; a line that counts for this one although its port is another joins them.
+pub fn check(
+    call: &Expected,
+    leaving: &[Line],
+    arriving: &[Line],
+    taken: &mut BTreeSet<String>,
+) -> Result<(), String> {
     let told = format!("{} ({}) to {}", call.source, call.local, call.destination);
     let mine =
         |line: &&Line| line.is("outbound", &call.source) && line.field("src.addr") == call.local;
@@ -147,10 +156,15 @@ pub fn check(call: &Expected, leaving: &[Line], arriving: &[Line]) -> Result<(),
     let wanted = |line: &&Line| {
         (line.field("dst.workload") == call.destination) == (call.through == Through::Mesh)
     };
-    let found = leaving.iter().filter(mine).find(wanted);
-    let Some(out) = found.or_else(|| leaving.iter().find(mine)) else {
+    let found = leaving.iter().filter(mine).find(wanted).or_else(|| leaving.iter().find(mine));
+    let translated = |line: &&Line| {
+        let from = line.field("src.addr");
+        line.is("outbound", &call.source) && ip(from) == ip(&call.local) && !taken.contains(from)
+    };
+    let Some(out) = found.or_else(|| leaving.iter().filter(translated).find(wanted)) else {
         return Err(format!("{told}: the caller's agent does not tell of it"));
     };
+    taken.insert(out.field("src.addr").to_owned());
     if !out.has_identities() {
         return Err(format!("{told}: left without both identities:\n      {}", out.whole()));
     }

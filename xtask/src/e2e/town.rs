@@ -419,10 +419,12 @@ impl Town {
                     .map(|(_, lines)| lines.as_slice())
                     .unwrap_or_default()
             };
+            let mut taken = calls.iter().map(|call| call.local.clone()).collect();
             let missing: Vec<String> = calls
                 .iter()
                 .filter_map(|call| {
-                    carried::check(&call.expected(), of(&call.from.node), of(&call.to.node)).err()
+                    let (leaving, arriving) = (of(&call.from.node), of(&call.to.node));
+                    carried::check(&call.expected(), leaving, arriving, &mut taken).err()
                 })
                 .collect();
             ensure!(

@@ -6,7 +6,7 @@ use std::time::Duration;
 use culvert_abi::{Address, direct as abi};
 use culvert_core::tables::{Backend, NetnsCookie, Verdict, VerdictId, VerdictKey};
 
-use super::{DirectCounts, DirectFlow, SocketCookie};
+use super::{Arrival, DirectCounts, DirectFlow, SocketCookie};
 
 const NO_BACKEND: abi::Backend =
     abi::Backend { ip: Address::UNSPECIFIED, port: 0, weight: 0, netns: 0 };
@@ -96,7 +96,11 @@ pub fn flow_of(key: &abi::DirectKey, flow: &abi::DirectFlow) -> DirectFlow {
         destination: NetnsCookie(flow.destination),
         verdict: VerdictId(flow.verdict),
         socket: SocketCookie(flow.socket),
-        arrived: flow.arrived != 0,
+        arrival: match flow.arrived {
+            0 => None,
+            abi::DirectFlow::ADMITTED => Some(Arrival::Admitted),
+            _ => Some(Arrival::Retracted),
+        },
         connected_at: Duration::from_nanos(flow.connected_at),
         established_at: (flow.established_at != 0)
             .then(|| Duration::from_nanos(flow.established_at)),

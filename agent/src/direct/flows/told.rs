@@ -10,7 +10,7 @@ use culvert_core::service::Service;
 use culvert_core::view::{Answers, Step, View};
 use culvert_core::workload::Workload;
 
-use crate::capture::direct::DirectFlow;
+use crate::capture::direct::{Arrival, DirectFlow};
 use crate::connections::{Direction, Guard, LiveConnection, Protocol};
 use crate::direct::{Direct, LocalPod};
 use crate::node::Node;
@@ -25,7 +25,7 @@ pub(super) struct Told {
     /// The service that the destination takes it to be for.
     service: Option<Arc<Service>>,
     pub connection: Connection,
-    /// The agent has accepted it in the destination's place, and tells of it there.
+    /// The agent has it in the destination's place, and tells of it there.
     pub handed: bool,
 }
 
@@ -39,7 +39,7 @@ impl Told {
             let workload = snapshot.workload(uid.as_deref()?)?.clone();
             Some((LocalPod { uid: pod.uid.clone(), netns: cookie }, workload))
         };
-        let handed = direct.is_handed(flow.socket);
+        let handed = flow.arrival == Some(Arrival::Retracted);
         if let Some(grant) = direct.verdict(flow.verdict) {
             grant.touch(flow.connected_at);
             let backends = grant.verdict.backends.iter().zip(&grant.pods);

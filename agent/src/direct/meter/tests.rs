@@ -6,6 +6,7 @@ use std::time::Duration;
 use culvert_core::tables::VerdictId;
 
 use super::*;
+use crate::capture::direct::Arrival;
 
 fn meter() -> (Meter, Arc<ByteCounters>) {
     let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
@@ -17,7 +18,7 @@ fn meter() -> (Meter, Arc<ByteCounters>) {
         destination: NetnsCookie(2),
         verdict: VerdictId(1),
         socket: SocketCookie(1),
-        arrived: true,
+        arrival: Some(Arrival::Admitted),
         connected_at: Duration::ZERO,
         established_at: None,
     };

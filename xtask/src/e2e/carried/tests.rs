@@ -15,43 +15,62 @@ fn call() -> Expected {
     }
 }
 
+fn check_one(call: &Expected, leaving: &[Line], arriving: &[Line]) -> Result<(), String> {
+    // As if another call were known to have the line's port.
+    check(call, leaving, arriving, &mut BTreeSet::from(["10.2.0.3:40112".to_owned()]))
+}
+
 #[test]
 fn both_agents_with_identities_carried_it() {
-    assert_eq!(check(&call(), &lines(OUT), &lines(IN)), Ok(()));
+    assert_eq!(check_one(&call(), &lines(OUT), &lines(IN)), Ok(()));
 }
 
 #[test]
 fn plaintext_is_not_carried() {
     let clear = OUT.replace("src.identity", "src.nothing");
-    assert!(check(&call(), &lines(&clear), &lines(IN)).unwrap_err().contains("without both"));
+    assert!(check_one(&call(), &lines(&clear), &lines(IN)).unwrap_err().contains("without both"));
     let clear = IN.replace("dst.identity", "dst.nothing");
-    assert!(check(&call(), &lines(OUT), &lines(&clear)).unwrap_err().contains("arrived without"));
-    assert!(check(&call(), &lines(OUT), &[]).unwrap_err().contains("does not tell"));
-    assert!(check(&call(), &[], &lines(IN)).unwrap_err().contains("does not tell"));
+    assert!(
+        check_one(&call(), &lines(OUT), &lines(&clear)).unwrap_err().contains("arrived without")
+    );
+    assert!(check_one(&call(), &lines(OUT), &[]).unwrap_err().contains("does not tell"));
+    assert!(check_one(&call(), &[], &lines(IN)).unwrap_err().contains("does not tell"));
 }
 
 #[test]
 fn another_connection_does_not_count() {
     let other = Expected { local: "10.2.0.3:40113".to_owned(), ..call() };
-    assert!(check(&other, &lines(OUT), &lines(IN)).is_err());
+    assert!(check_one(&other, &lines(OUT), &lines(IN)).is_err());
     let other = Expected { port: 80, ..call() };
-    assert!(check(&other, &lines(OUT), &lines(IN)).is_err());
+    assert!(check_one(&other, &lines(OUT), &lines(IN)).is_err());
 }
 
 #[test]
 fn a_port_that_two_calls_share_tells_of_both() {
     let elsewhere = OUT.replace("dst.workload=\"api\"", "dst.workload=\"other\"");
     let leaving = [elsewhere.as_str(), OUT].join("\n");
-    assert_eq!(check(&call(), &lines(&leaving), &lines(IN)), Ok(()));
-    assert!(check(&call(), &lines(&elsewhere), &lines(IN)).unwrap_err().contains("elsewhere"));
+    assert_eq!(check_one(&call(), &lines(&leaving), &lines(IN)), Ok(()));
+    assert!(check_one(&call(), &lines(&elsewhere), &lines(IN)).unwrap_err().contains("elsewhere"));
+}
+
+#[test]
+fn a_port_that_was_translated_counts_for_one_call() {
+    let translated = Expected { local: "10.2.0.3:40113".to_owned(), ..call() };
+    let mut taken = BTreeSet::from([translated.local.clone()]);
+    let mut check = |leaving: &str| check(&translated, &lines(leaving), &lines(IN), &mut taken);
+    let elsewhere = OUT.replace("dst.workload=\"api\"", "dst.workload=\"other\"");
+    assert!(check(&elsewhere).is_err());
+    assert!(check(&OUT.replace("10.2.0.3", "10.2.0.4")).is_err());
+    assert_eq!(check(OUT), Ok(()));
+    assert!(check(OUT).is_err(), "it was another call's");
 }
 
 #[test]
 fn a_waypoint_is_another_workload() {
     let through = Expected { through: Through::Waypoint, ..call() };
-    assert!(check(&through, &lines(OUT), &[]).unwrap_err().contains("past the waypoint"));
+    assert!(check_one(&through, &lines(OUT), &[]).unwrap_err().contains("past the waypoint"));
     let waypoint = OUT.replace("dst.workload=\"api\"", "dst.workload=\"waypoint-1\"");
-    assert_eq!(check(&through, &lines(&waypoint), &[]), Ok(()));
+    assert_eq!(check_one(&through, &lines(&waypoint), &[]), Ok(()));
 }
 
 #[test]
