@@ -142,9 +142,10 @@ impl Duty {
         let Duty { enrolment, mut follower, sources, trigger, .. } = self;
         let mut post = Post { state: &state, enrolment, asking, netns, descriptors };
         let end = post.hold(&mut follower, requests).await;
+        let accepting = post.enrolment.accepting();
         // With it go the listeners that nobody accepts on, and the connection to istio-cni.
         drop(post);
-        let ending = Ending { state: state.clone(), trigger, closing, serving, sources };
+        let ending = Ending { state: state.clone(), trigger, closing, serving, accepting, sources };
         ending.finish(end, &mut follower).await
     }
 }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
+use tokio_util::task::TaskTracker;
 
 use super::duty::Follower;
 use super::state::State;
@@ -22,6 +23,8 @@ const LOOK_AFTER_PINS: Duration = Duration::from_secs(10);
 /// How long idle tunnels may take to close.
 const GOODBYE: Duration = Duration::from_millis(500);
 const LOOK: Duration = Duration::from_millis(10);
+/// How long the listeners of pods may take to close, which they do once their tasks have heard of it.
+const CLOSING: Duration = Duration::from_secs(2);
 
 /// Why an agent ends.
 pub(super) enum End {
@@ -41,6 +44,8 @@ pub(super) struct Ending {
     /// That of the agent's own servers.
     pub closing: DrainTrigger,
     pub serving: JoinHandle<()>,
+    /// Those who accept connections of pods.
+    pub accepting: TaskTracker,
     pub sources: Sources,
 }
 
@@ -75,6 +80,7 @@ impl Ending {
         };
         let _unready = is_replaced.then(|| self.sources.readiness.open(HANDED_OVER));
         let (trigger, closing, serving) = (&self.trigger, &self.closing, &mut self.serving);
+        let accepting = &self.accepting;
         let drained = async {
             match queued {
                 Queued::Left => trigger.hand_over(grace).await,
@@ -91,6 +97,8 @@ impl Ending {
                 // The next agent listens where this one does.
                 let _ = serving.await;
             }
+            accepting.close();
+            let _ = timeout(CLOSING, accepting.wait()).await;
             if let Some(kernel) = kernel {
                 kernel.let_go();
             }

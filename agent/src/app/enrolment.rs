@@ -16,6 +16,7 @@ use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::admin::readiness::{OpenTask, Readiness, WORKLOAD_PROXY_MANAGER};
 use crate::capture::{
@@ -80,6 +81,8 @@ pub(super) struct Enrolment {
     inherited: Inherited,
     /// Cancelled when this agent may accept connections, and let pods go.
     open: CancellationToken,
+    /// The tasks that accept connections; each has a listener.
+    accepting: TaskTracker,
     /// Namespaces whose name is gone, by pod: refused everything until they have ended.
     ending: HashMap<NetnsCookie, Arc<str>>,
     table: PodTable,
@@ -146,6 +149,7 @@ impl Enrolment {
             leaving: Leaving::default(),
             inherited: Inherited::default(),
             open: CancellationToken::new(),
+            accepting: TaskTracker::new(),
             ending: HashMap::new(),
             table: PodTable::default(),
             unready,
@@ -382,14 +386,20 @@ impl Enrolment {
         let hbone = TcpListener::from_std(hbone)?;
         let own = || (self.node.clone(), pod.clone());
         let ((a, b), (c, d), (e, f)) = (own(), own(), own());
+        let drain = || self.drain.clone();
+        let outbound = outbound::serve(a, b, outbound, drain(), inbound::serve_retracted);
+        let plaintext = inbound::serve_plaintext(c, d, plaintext, drain());
+        let hbone = inbound::serve_hbone(e, f, hbone, drain());
         Ok(vec![
-            self.spawn(
-                &worker,
-                outbound::serve(a, b, outbound, self.drain.clone(), inbound::serve_retracted),
-            ),
-            self.spawn(&worker, inbound::serve_plaintext(c, d, plaintext, self.drain.clone())),
-            self.spawn(&worker, inbound::serve_hbone(e, f, hbone, self.drain.clone())),
+            self.spawn(&worker, self.accepting.track_future(outbound)),
+            self.spawn(&worker, self.accepting.track_future(plaintext)),
+            self.spawn(&worker, self.accepting.track_future(hbone)),
         ])
+    }
+
+    /// The tasks that accept connections, and so have listeners.
+    pub fn accepting(&self) -> TaskTracker {
+        self.accepting.clone()
     }
 
     /// Serves once this agent may.
