@@ -6,7 +6,7 @@ use std::time::Duration;
 use socket2::SockRef;
 
 use super::bytes::{Pattern, joined, read};
-use super::stage::{Pair, Stage};
+use super::stage::{Pair, Stage, pause};
 use super::{Fault, Seen, Trial, Tried};
 use crate::capture::trial::{poll, receive, set_low_water, splice, unread};
 
@@ -44,7 +44,7 @@ fn low_water(stage: &Stage) -> Tried {
         let sending = scope.spawn(|| -> Result<(), Fault> {
             for number in 0..200 {
                 (&client).write_all(&pattern.piece(number * 1_000, 1_000))?;
-                std::thread::park_timeout(Duration::from_micros(200));
+                pause(Duration::from_micros(200));
             }
             Ok(client.shutdown(std::net::Shutdown::Write)?)
         });

@@ -57,6 +57,15 @@ pub enum StageError {
     Plain,
 }
 
+/// Waits this long. A thread that is parked goes on at once if another one, such as a scope's last,
+/// has unparked it before; a case would then not try what it is about.
+pub(super) fn pause(time: Duration) {
+    let end = Instant::now() + time;
+    while let Some(left) = end.checked_duration_since(Instant::now()).filter(|it| !it.is_zero()) {
+        std::thread::park_timeout(left);
+    }
+}
+
 /// Which addresses a connection uses.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Family {
@@ -138,7 +147,7 @@ impl Stage {
                         && began.elapsed() < SETTLE_LIMIT => {}
                 connected => return connected,
             }
-            std::thread::park_timeout(Duration::from_millis(10));
+            pause(Duration::from_millis(10));
         }
     }
 

@@ -90,11 +90,12 @@ impl State {
         }
     }
 
-    /// Whether a stream was opened, and may since have ended and been forgotten.
+    /// Whether a stream was opened, and may since have ended and been forgotten. Behind our last word
+    /// the peer may have opened any.
     fn has_been(&self, id: u32) -> bool {
         match self.role {
             Role::Client => id % 2 == 1 && id < self.next,
-            Role::Server => id % 2 == 1 && id <= self.last,
+            Role::Server => id % 2 == 1 && (id <= self.last || self.leaving == Leaving::Named),
         }
     }
 

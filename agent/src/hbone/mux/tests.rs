@@ -190,6 +190,29 @@ fn a_server_that_leaves_finishes_its_streams() {
 }
 
 #[test]
+fn a_stream_that_crosses_our_last_word_harms_no_other() {
+    let pair = Pair::new();
+    let id = pair.open();
+    pair.server.lock().leave();
+    pair.exchange().unwrap();
+    // What a client had in its queue when it answered the PING.
+    let mut late = Vec::new();
+    frame::put_headers(&mut late, id + 2, false, &block(), 1 << 14);
+    frame::put(&mut late, kind::DATA, 0, id + 2, b"late");
+    frame::put_window_update(&mut late, id + 2, 1);
+    frame::put_reset(&mut late, id + 2, Reason::CANCEL);
+    pair.server.lock().receive(&late).unwrap();
+    assert!(pair.server.lock().accept().is_none());
+    assert!(matches!(send(&pair.client, id, b"x"), Poll::Ready(Ok(1))));
+    pair.exchange().unwrap();
+    assert_eq!(received(&pair.server, id).0, b"x");
+    pair.server.lock().consume(id, 1);
+    let server = pair.server.lock();
+    let lost = i64::from(server.local.connection_window) - server.receive_window;
+    assert_eq!(lost, i64::from(server.unreturned), "bytes of no stream");
+}
+
+#[test]
 fn a_client_that_leaves_may_finish_its_streams() {
     let pair = Pair::new();
     let id = pair.open();
