@@ -40,7 +40,7 @@ use crate::telemetry::Telemetry;
 use crate::telemetry::logging::{Directives, LogControl, LogFormat, Logging};
 use crate::workers::Workers;
 use crate::xds::Xds;
-use crate::{config, hbone};
+use crate::{config, hbone, tls};
 
 use duty::{Duty, Follower, Signals};
 use enrolment::{Enrolment, Terms};
@@ -78,14 +78,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let settings = config.mesh(&first.culvert.stated())?;
     // From here on a signal ends the agent only where it is awaited.
     let mut signals = Signals::new()?;
+    // The programs are loaded while randomness is gathered, before anything asks for it.
+    tokio::task::spawn_blocking(tls::gather_randomness);
+    let beginning = Beginning::new(&config, &first).await?;
     let (workers, _carrying) = Workers::start(config.worker_threads)?;
     let rooms = rooms(&config, &settings, &first, &workers)?;
     let news =
         Arc::new(News::new(rooms.mesh.clone(), rooms.certificates.clone(), config.node.clone()));
     news.apply(std::mem::take(&mut first.changes));
     let xds = follow_control_plane(&config, &news, &rooms.telemetry).await;
-    // The mesh comes while the programs are loaded.
-    let beginning = Beginning::new(&config, &first).await?;
     let fetch = xds.as_ref().and_then(|xds| xds.fetch());
     tokio::spawn(close_when(synced(&xds), loading));
     let ready = certificates::ready(rooms.certificates.clone(), synced(&xds));

@@ -11,7 +11,7 @@ use culvert_core::identity::{Identity, TrustDomains};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use certificate::{CertificateSummary, Issued, UnusableCertificate, WorkloadCertificate};
-pub(crate) use config::provider;
+pub(crate) use config::{gather_randomness, provider};
 pub use crl::{CrlError, CrlFile};
 pub use error::{PeerFault, Side, TlsError};
 pub use revocation::{InvalidCrl, PeerWatch, RevocationList, Revocations};

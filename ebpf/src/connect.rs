@@ -109,11 +109,11 @@ pub fn connect(ctx: &SockAddrContext, destination: Address) -> Connect {
         match socket.choose(destination, port) {
             Choice::Agent => {}
             Choice::Elsewhere(verdict) => state.verdict = verdict,
-            Choice::Straight(mut state) => return socket.go(&mut state),
+            Choice::Straight(state) => return socket.go(&state),
         }
     }
     // SAFETY: `sk` is the context's, and not null.
-    if !unsafe { socket::note(sk.cast(), &mut state) } {
+    if !unsafe { socket::note(sk.cast(), &state) } {
         return Connect::Refused;
     }
     if is_tcp && HAVE_MPTCP.load() != 0 {
@@ -122,7 +122,7 @@ pub fn connect(ctx: &SockAddrContext, destination: Address) -> Connect {
         if !mptcp.is_null() {
             // The application asks this socket for its peer, not the subflow's.
             // SAFETY: not null.
-            unsafe { socket::note(mptcp.cast(), &mut state) };
+            unsafe { socket::note(mptcp.cast(), &state) };
         }
     }
     debug!(ctx, "netns {}: captured to {:i} port {}", netns, destination.ip, port);
@@ -175,9 +175,9 @@ pub fn send(ctx: &SockAddrContext, destination: Address) -> Connect {
     }
     // What the socket is connected to stays its peer.
     if !is_connected {
-        let mut state = SocketState::new(SocketRole::Asking, destination, port, own);
+        let state = SocketState::new(SocketRole::Asking, destination, port, own);
         // SAFETY: `sk` is the context's, and not null.
-        if !unsafe { socket::note(sk.cast(), &mut state) } {
+        if !unsafe { socket::note(sk.cast(), &state) } {
             return Connect::Refused;
         }
     }

@@ -30,7 +30,7 @@ macro_rules! write {
         core::ptr::write_volatile(core::ptr::addr_of_mut!($field), $value)
     };
 }
-pub(crate) use read;
+pub(crate) use {read, write};
 
 /// Both ends of a connection, seen from this host. Ports are in host byte order.
 #[derive(Clone, Copy)]

@@ -145,7 +145,7 @@ impl Socket<'_> {
 
     /// Notes what was chosen.
     #[inline(always)]
-    pub fn go(&self, state: &mut SocketState) -> Connect {
+    pub fn go(&self, state: &SocketState) -> Connect {
         let (backend, port) = (state.backend, state.backend_port as u16);
         // SAFETY: `sk` is the context's, and not null.
         if !unsafe { socket::note(self.sk.cast(), state) } {

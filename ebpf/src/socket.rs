@@ -7,7 +7,7 @@ use aya_ebpf::bindings::BPF_SK_STORAGE_GET_F_CREATE;
 use aya_ebpf::helpers::generated::bpf_sk_storage_get;
 use culvert_abi::{Address, SocketRole, SocketState};
 
-use crate::context;
+use crate::context::{self, write};
 use crate::maps::SOCKETS;
 
 /// The library's own accessor takes only the context of a socket address program.
@@ -32,18 +32,44 @@ pub unsafe fn state(sk: *mut c_void) -> Option<*mut SocketState> {
 /// # Safety
 /// As for [`state`].
 #[inline(always)]
-pub unsafe fn note(sk: *mut c_void, state: &mut SocketState) -> bool {
-    let value = ptr::from_mut(state);
+pub unsafe fn note(sk: *mut c_void, state: &SocketState) -> bool {
     let create = BPF_SK_STORAGE_GET_F_CREATE.into();
-    // SAFETY: by this function's contract; the value lives on this stack.
-    let stored = unsafe { bpf_sk_storage_get(map(), sk, value.cast(), create) };
+    // SAFETY: by this function's contract; a null value makes one of zeroes, which says nothing.
+    let stored = unsafe { bpf_sk_storage_get(map(), sk, ptr::null_mut(), create) };
     let stored: *mut SocketState = stored.cast();
     if stored.is_null() {
         return false;
     }
-    // SAFETY: not null, so it is this socket's value. An existing one was not overwritten above.
-    unsafe { ptr::write(stored, *state) };
+    // Word by word, and what the others mean last: as a whole it would be copied by a loop over its
+    // bytes, through which the verifier goes once more for each way that leads here.
+    // SAFETY: not null, so it is this socket's value.
+    unsafe {
+        write!((*stored).port, state.port);
+        write_address(&raw mut (*stored).original, state.original);
+        write_address(&raw mut (*stored).own, state.own);
+        write!((*stored).verdict, state.verdict);
+        write!((*stored).netns, state.netns);
+        write_address(&raw mut (*stored).backend, state.backend);
+        write!((*stored).backend_port, state.backend_port);
+        write!((*stored).flags, state.flags);
+        write!((*stored).role, state.role);
+    }
     true
+}
+
+/// # Safety
+/// `to` may be written to.
+#[inline(always)]
+unsafe fn write_address(to: *mut Address, address: Address) {
+    let [a, b, c, d] = address.words();
+    let to: *mut [u32; 4] = to.cast();
+    // SAFETY: by this function's contract; an address is four words.
+    unsafe {
+        write!((*to)[0], a);
+        write!((*to)[1], b);
+        write!((*to)[2], c);
+        write!((*to)[3], d);
+    }
 }
 
 /// Whether a socket's state has this role.

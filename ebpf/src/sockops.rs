@@ -176,7 +176,7 @@ fn accepted(ctx: &SockOpsContext) {
     }
     // Without memory the agent finds nothing on the socket, and refuses the connection.
     // SAFETY: `sk` is the context's, and not null.
-    unsafe { socket::note(sk.cast(), &mut state) };
+    unsafe { socket::note(sk.cast(), &state) };
     let _ = flows.remove(key);
 }
 

@@ -37,6 +37,12 @@ pub(crate) fn provider() -> CryptoProvider {
     }
 }
 
+/// Has the cipher library gather randomness, which takes it some 50 ms of one processor the first time.
+/// Whoever draws meanwhile waits for it; should it fail, then so does each who draws.
+pub(crate) fn gather_randomness() {
+    let _ = default_provider().secure_random.fill(&mut [0]);
+}
+
 /// Peers are known by identity: the name that the TLS library wants is an address, which is never sent.
 pub(super) fn unsent_server_name() -> ServerName<'static> {
     ServerName::from(std::net::IpAddr::V4(Ipv4Addr::UNSPECIFIED))
