@@ -21,6 +21,7 @@ use std::time::Duration;
 
 pub mod client;
 mod drive;
+mod first;
 mod frame;
 pub mod headers;
 mod hpack;
@@ -31,6 +32,7 @@ pub mod server;
 mod stream;
 mod windows;
 
+pub use first::{First, Source};
 pub use frame::Reason;
 pub use headers::ConnectHeaders;
 pub use mux::ConnectionError;

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use tokio::net::TcpStream;
 
 use crate::hbone::{HboneStream, StreamError};
-use tcp::Tcp;
+pub use tcp::Tcp;
 
 mod plain;
 mod scratch;
@@ -75,12 +75,11 @@ impl<C> RelayError<C> {
 ///
 /// When `closing` is ready, the stream is reset with CANCEL and the application's connection reset.
 pub fn tcp_hbone<C>(
-    client: TcpStream,
+    client: Tcp,
     tunnel: HboneStream,
     counters: Arc<impl Counters + Send + Sync + 'static>,
     closing: impl Future<Output = C>,
 ) -> impl Future<Output = Result<(), RelayError<C>>> {
-    let client = Tcp::new(client);
     let uploads = counters.clone();
     let upload = move |bytes| uploads.received(bytes);
     let download = move |bytes| counters.sent(bytes);

@@ -1,6 +1,7 @@
 //! The client role on one tunnel connection.
 
 use std::future::Future;
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -14,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Settings;
 use super::drive::Drive;
+use super::first::First;
 use super::frame::Reason;
 use super::keepalive::KeepAlive;
 use super::mux::{ConnectionError, Mux, Role, request_block};
@@ -44,6 +46,9 @@ pub enum RequestError {
     /// The connection was cut off before the answer; see [`Driver::run`].
     #[error("the tunnel connection was cut off")]
     CutOff,
+    /// Whoever the stream is for has failed before the answer.
+    #[error(transparent)]
+    Source(io::Error),
 }
 
 /// An accepted CONNECT.
@@ -139,36 +144,51 @@ impl Drop for TakenPlace {
 impl Connection {
     /// Opens a stream on a connection that is not shared (the inner tunnel of a cross-network
     /// call).
-    pub async fn connect(&self, request: Request<()>) -> Result<Accepted, RequestError> {
-        self.connect_at(request, self.shared.take_place()).await
+    pub async fn connect(
+        &self,
+        request: Request<()>,
+        first: &mut First<'_>,
+    ) -> Result<Accepted, RequestError> {
+        self.connect_at(request, self.shared.take_place(), first).await
     }
 
     pub(super) async fn connect_at(
         &self,
         request: Request<()>,
         place: TakenPlace,
+        first: &mut First<'_>,
     ) -> Result<Accepted, RequestError> {
         let mux = &self.shared.mux;
         let unprocessed = |error: ConnectionError| {
             RequestError::Unprocessed(StreamError::Broken(error.to_string()))
         };
         let id = mux.lock().open(&request_block(&request)).map_err(unprocessed)?;
-        let handle = Handle { mux: mux.clone(), id, held: 0 };
-        let answer = std::future::poll_fn(|cx| mux.lock().poll_answer(cx, id));
+        let place: Place = Some(Box::new(place));
+        let mut stream = HboneStream::new(Handle { mux: mux.clone(), id, held: 0 }, place);
+        let mut first = first.on_stream();
+        let answer = std::future::poll_fn(|cx| {
+            let answer = mux.lock().poll_answer(cx, id);
+            if answer.is_pending() {
+                first.poll(cx, &mut stream).map_err(RequestError::Source)?;
+            }
+            answer.map(|answer| {
+                answer.map_err(|error| match mux.lock().is_unprocessed(id) {
+                    true => RequestError::Unprocessed(error),
+                    false => RequestError::Failed(error),
+                })
+            })
+        });
         let head = tokio::select! {
-            answer = answer => answer.map_err(|error| match mux.lock().is_unprocessed(id) {
-                true => RequestError::Unprocessed(error),
-                false => RequestError::Failed(error),
-            })?,
+            answer = answer => answer?,
             () = self.shared.cut_off.cancelled() => return Err(RequestError::CutOff),
         };
         if head.status != StatusCode::OK {
             let headers = Box::new(head.headers);
             return Err(RequestError::Refused { status: head.status, headers });
         }
-        let place: Place = Some(Box::new(place));
+        std::future::poll_fn(|cx| first.poll_again(cx, &mut stream)).await;
         let cut_off = self.shared.cut_off.clone();
-        Ok(Accepted { stream: HboneStream::new(handle, place), headers: head.headers, cut_off })
+        Ok(Accepted { stream, headers: head.headers, cut_off })
     }
 }
 

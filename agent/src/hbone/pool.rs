@@ -17,6 +17,7 @@ use tokio::task::AbortHandle;
 
 use super::Settings;
 use super::client::{self, Accepted, Connection, RequestError, TakenPlace};
+use super::first::First;
 use super::headers::{ConnectHeaders, InvalidRequest};
 
 /// Connections on which a request that its peer never saw is tried again.
@@ -118,12 +119,28 @@ impl Pool {
         D: Fn() -> F,
         F: Future<Output = Result<Dialled<T>, E>>,
     {
+        self.connect_sending(&mut First::none(), key, headers, dial).await
+    }
+
+    /// As [`Pool::connect`]; `first` is sent with the request.
+    pub async fn connect_sending<T, E, D, F>(
+        &self,
+        first: &mut First<'_>,
+        key: &PoolKey,
+        headers: &ConnectHeaders,
+        dial: D,
+    ) -> Result<Accepted, ConnectError<E>>
+    where
+        T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        D: Fn() -> F,
+        F: Future<Output = Result<Dialled<T>, E>>,
+    {
         let mut attempts = 0;
         loop {
             attempts += 1;
             let request = headers.request()?;
             let (connection, place) = self.checkout(key, &dial).await?;
-            match connection.connect_at(request, place).await {
+            match connection.connect_at(request, place, first).await {
                 Err(RequestError::Unprocessed(_)) if attempts < ATTEMPTS => {
                     self.forget(key, &connection);
                 }

@@ -83,6 +83,11 @@ impl HboneStream {
         Self { stream, received, finished: false, failed: None, _place: place }
     }
 
+    /// Ready when the peer has said how much it takes.
+    pub(super) fn poll_introduced(&self, cx: &Context<'_>) -> Poll<()> {
+        self.stream.mux.lock().poll_introduced(cx, self.stream.id)
+    }
+
     /// Sends what `fill` writes to a buffer of at most `wanted` bytes, as soon as the peer and the
     /// socket have room for more; gives how many bytes that were, and 0 when `fill` wrote nothing.
     pub fn poll_send(

@@ -358,7 +358,7 @@ async fn many_tiny_messages_to_a_stalled_reader_cost_their_size_only() {
     let (connection, driver) = client::handshake(near, &settings);
     tokio::spawn(driver);
     let request = headers(1).request().unwrap();
-    let mut stream = connection.connect(request).await.unwrap().stream;
+    let mut stream = connection.connect(request, &mut First::none()).await.unwrap().stream;
     for _ in 0..100_000 {
         stream.write_all(b"x").await.unwrap();
     }

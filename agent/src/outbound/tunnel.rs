@@ -15,17 +15,17 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 
 use super::Captured;
-use crate::accept::{reset, tune};
+use crate::accept::tune;
 use crate::ca::CaError;
 use crate::connections::{Direction, LiveConnection, PEER_REVOKED, Protocol};
 use crate::dial;
 use crate::hbone::client::{Accepted, RequestError};
 use crate::hbone::headers::{Baggage, ConnectHeaders, Forwarded, TraceParent};
 use crate::hbone::pool::ConnectError;
-use crate::hbone::{Dialled, HboneStream, PoolKey};
+use crate::hbone::{Dialled, First, HboneStream, PoolKey};
 use crate::node::Node;
 use crate::pods::Pod;
-use crate::relay;
+use crate::relay::{self, RelayError, Tcp};
 use crate::session::{self, DENIED_BY, Ends};
 use crate::telemetry::{ConnectionContext, Failure, Reporter, ResponseFlag};
 use crate::tls::{self, TlsError, TlsStream, WorkloadCertificate};
@@ -65,14 +65,19 @@ pub(super) async fn carry(captured: Captured<'_>, tunnel: Tunnel, next_hop: Arc<
         counters: open.counters(),
     });
     let caller = Caller { node, pod, source: &source, identity, client: client.addr(), hostname };
+    // Without a tunnel it ends with a reset.
+    let tcp = Tcp::new(tcp);
+    let mut first = First::of(&tcp);
     // What opening needs, with a handshake in it, is not kept for as long as the connection lives.
-    let Opened { stream, cut_off } = match Box::pin(caller.open(&tunnel)).await {
+    let Opened { stream, cut_off } = match Box::pin(caller.open(&tunnel, &mut first)).await {
         Ok(opened) => opened,
-        Err(error) => {
-            reset(tcp);
-            return open.close(Err(error.into()));
+        Err(TunnelError::Client(error)) => {
+            return open.close(session::outcome(Err(RelayError::Client(error))));
         }
+        Err(error) => return open.close(Err(error.into())),
     };
+    open.counters().add_received(first.count());
+    drop(first);
     let closing = pin!(Ends::of(&guard, drain, pod).in_tunnel(cut_off).wait());
     let relayed = relay::tcp_hbone(tcp, stream, open.counters(), closing).await;
     open.close(session::outcome(relayed));
@@ -96,7 +101,8 @@ struct Opened {
 }
 
 impl Caller<'_> {
-    async fn open(&self, tunnel: &Tunnel) -> Result<Opened, TunnelError> {
+    /// With `first` goes what the application sends meanwhile.
+    async fn open(&self, tunnel: &Tunnel, first: &mut First<'_>) -> Result<Opened, TunnelError> {
         // Even with a tunnel at hand, a pod without a valid certificate sends nothing.
         let certificate = self.node.certificates.fetch(&self.identity).await;
         let certificate = certificate.map_err(TunnelError::Identity)?;
@@ -108,11 +114,12 @@ impl Caller<'_> {
         };
         let headers = self.headers(tunnel, None);
         let dial = || self.dial(tunnel.via, &tunnel.expect, &certificate);
-        let accepted = self.pod.pool.connect(&key, &headers, dial).await?;
-        match &tunnel.inner {
-            None => Ok(Opened { stream: accepted.stream, cut_off: accepted.cut_off }),
-            Some(inner) => self.open_inner(inner, accepted, &certificate).await,
-        }
+        let Some(inner) = &tunnel.inner else {
+            let accepted = self.pod.pool.connect_sending(first, &key, &headers, dial).await?;
+            return Ok(Opened { stream: accepted.stream, cut_off: accepted.cut_off });
+        };
+        let outer = self.pod.pool.connect(&key, &headers, dial).await?;
+        self.open_inner(inner, outer, &certificate, first).await
     }
 
     /// One TLS and HTTP/2 connection per user connection, within the byte stream of the outer one:
@@ -122,6 +129,7 @@ impl Caller<'_> {
         tunnel: &Tunnel,
         outer: Accepted,
         certificate: &WorkloadCertificate,
+        first: &mut First<'_>,
     ) -> Result<Opened, TunnelError> {
         let secured = self.secure(outer.stream, &tunnel.expect, certificate).await?;
         let revoked = self.revoked(certificate, &secured);
@@ -138,7 +146,7 @@ impl Caller<'_> {
         let network = self.node.network.clone();
         let request = self.headers(tunnel, Some(network)).request();
         let request = request.map_err(|error| TunnelError::Tunnel(error.to_string()))?;
-        let Accepted { stream, cut_off, .. } = connection.connect(request).await?;
+        let Accepted { stream, cut_off, .. } = connection.connect(request, first).await?;
         Ok(Opened { stream, cut_off })
     }
 
@@ -233,6 +241,9 @@ enum TunnelError {
     Status { status: StatusCode, reason: String },
     #[error("{0}")]
     Tunnel(String),
+    /// The application's connection failed meanwhile.
+    #[error("{0}")]
+    Client(io::Error),
 }
 
 impl From<ConnectError<DialError>> for TunnelError {
@@ -266,6 +277,7 @@ impl From<RequestError> for TunnelError {
                 TunnelError::Status { status, reason }
             }
             RequestError::CutOff => TunnelError::PeerRevoked,
+            RequestError::Source(error) => TunnelError::Client(error),
             error @ (RequestError::Unprocessed(_) | RequestError::Failed(_)) => {
                 TunnelError::Tunnel(error.to_string())
             }
@@ -281,7 +293,9 @@ impl From<TunnelError> for Failure {
             TunnelError::TlsSetUp(_) => ResponseFlag::TlsFailure,
             TunnelError::Tunnel(_) => ResponseFlag::H2HandshakeFailure,
             TunnelError::PeerRevoked => ResponseFlag::CertRevoked,
-            TunnelError::Io(_) | TunnelError::Status { .. } => ResponseFlag::Connect,
+            TunnelError::Io(_) | TunnelError::Status { .. } | TunnelError::Client(_) => {
+                ResponseFlag::Connect
+            }
         };
         Failure::new(flag, error.to_string())
     }

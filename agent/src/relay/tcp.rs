@@ -3,6 +3,7 @@
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -12,6 +13,7 @@ use tokio::time::{Instant, sleep};
 
 use super::scratch;
 use crate::dial;
+use crate::hbone::Source;
 
 /// Asks whether reading has stopped at urgent data (tcp(7), asm-generic/sockios.h).
 const SIOCATMARK: libc::c_ulong = 0x8905;
@@ -31,12 +33,27 @@ const ANSWER_TIME: Duration = Duration::from_millis(500);
 
 /// A connection that ends with a reset, unless it was declared finished: when dropped, and also
 /// when the agent is killed. The kernel closes its sockets then, and by itself would send FIN.
-pub(super) struct Tcp {
+pub struct Tcp {
     stream: TcpStream,
 }
 
+impl Source for Tcp {
+    fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.stream.poll_read_ready(cx)
+    }
+
+    fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match read(&self.stream, buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                (&*SockRef::from(&self.stream)).read(buffer)
+            }
+            read => read,
+        }
+    }
+}
+
 impl Tcp {
-    pub(super) fn new(stream: TcpStream) -> Self {
+    pub fn new(stream: TcpStream) -> Self {
         // Without it the other side would see FIN; there is nobody to report a failure to.
         let _ = stream.set_zero_linger();
         // An urgent byte arrives in its place. Otherwise reading would leave it out.

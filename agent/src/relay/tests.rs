@@ -83,7 +83,8 @@ async fn join(path: Path) -> Joined {
         }
         Path::Tunnel => {
             let (pool, stream) = tunnel(upstream, far_counts.clone()).await;
-            let relay = async move { tcp_hbone(downstream, stream, counts, closing).await };
+            let relay =
+                async move { tcp_hbone(Tcp::new(downstream), stream, counts, closing).await };
             (tokio::spawn(relay), Some(pool))
         }
     };

@@ -48,7 +48,7 @@ pub(super) fn client(bytes: &[u8]) {
         let (connection, driver) = client::handshake(peer, &Settings::default());
         let request = request.request().expect("the authority is valid");
         let asking = async move {
-            if let Ok(accepted) = connection.connect(request).await {
+            if let Ok(accepted) = connection.connect(request, &mut hbone::First::none()).await {
                 let _ = ReceivedHeaders::parse(&accepted.headers);
                 read(accepted.stream).await;
             }

@@ -340,7 +340,7 @@ impl State {
             self.acknowledged();
             return Ok(());
         }
-        self.is_introduced = true;
+        let is_first = !std::mem::replace(&mut self.is_introduced, true);
         let (mut window, mut streams) = (None, None);
         for entry in payload.chunks_exact(6) {
             let [n0, n1, v0, v1, v2, v3] = *entry else { continue };
@@ -369,6 +369,9 @@ impl State {
             self.change_initial_window(window.into())?;
         }
         self.peer.note_settings(window, streams);
+        if is_first {
+            self.streams.iter_mut().for_each(Stream::wake_writer);
+        }
         frame::put(&mut self.out.control, kind::SETTINGS, flag::ACK, 0, &[]);
         Ok(())
     }

@@ -36,6 +36,18 @@ impl State {
         }
     }
 
+    /// Ready when the peer's SETTINGS are known. Before that a stream may use the default window (RFC
+    /// 9113 section 6.9.2), but there are peers that hold it against us when theirs is smaller.
+    pub(in crate::hbone) fn poll_introduced(&mut self, cx: &Context<'_>, id: u32) -> Poll<()> {
+        match self.streams.get_mut(id) {
+            Some(stream) if !self.is_introduced => {
+                stream.writer = Some(cx.waker().clone());
+                Poll::Pending
+            }
+            _ => Poll::Ready(()),
+        }
+    }
+
     /// Sends what `fill` writes to a buffer of at most `wanted` bytes; 0 when it writes nothing.
     pub(in crate::hbone) fn poll_send<E: From<StreamError>>(
         &mut self,
