@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -69,9 +70,17 @@ fn take(
     }
 }
 
+/// Readies a listener whose connections are relayed: the kernel gives what it has to each that it
+/// accepts, as it does with the linger that it was opened with.
+pub fn prepare(listener: &TcpListener, keepalive: Option<Keepalive>) {
+    tune(listener, keepalive);
+    // An urgent byte arrives in its place. Otherwise reading would leave it out.
+    let _ = SockRef::from(listener).set_out_of_band_inline(true);
+}
+
 /// No delay for small segments, and kernel keepalive where wanted (tcp(7)).
-pub fn tune(stream: &TcpStream, keepalive: Option<Keepalive>) {
-    let socket = SockRef::from(stream);
+pub fn tune(socket: &impl AsFd, keepalive: Option<Keepalive>) {
+    let socket = SockRef::from(socket);
     // Both are refinements: a socket that refuses them still carries bytes.
     let _ = socket.set_tcp_nodelay(true);
     if let Some(keepalive) = keepalive {

@@ -36,7 +36,7 @@ pub async fn dial_out(
     source: Option<IpAddr>,
     dst: SocketAddr,
 ) -> io::Result<TcpStream> {
-    let socket = open(netns, dst)?;
+    let socket = open(netns, dst, netns.marks().outbound)?;
     redirection.exempt(socket.as_fd()).map_err(io::Error::other)?;
     keep_alive(&socket)?;
     if let Some(source) = source {
@@ -86,12 +86,12 @@ pub async fn dial_application(
                 IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
                 IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
             };
-            let socket = open_resetting(netns, dst)?;
+            let socket = open_resetting(netns, dst, netns.marks().outbound)?;
             socket.bind(&SocketAddr::new(loopback, 0).into())?;
             connect(socket, dst).await
         }
         DialFrom::Client(_) | DialFrom::Own | DialFrom::Loopback => {
-            connect(open_resetting(netns, dst)?, dst).await
+            connect(open_resetting(netns, dst, netns.marks().outbound)?, dst).await
         }
     }
 }
@@ -132,7 +132,7 @@ fn is_taken(error: &io::Error) -> bool {
 }
 
 fn open_keeping(netns: &Netns, dst: SocketAddr, source: SocketAddr) -> io::Result<Socket> {
-    let socket = open_resetting(netns, dst)?;
+    let socket = open_resetting(netns, dst, netns.marks().application)?;
     match source {
         SocketAddr::V4(_) => set_option(socket.as_fd(), libc::SOL_IP, libc::IP_TRANSPARENT, 1)?,
         SocketAddr::V6(_) => {
@@ -140,7 +140,6 @@ fn open_keeping(netns: &Netns, dst: SocketAddr, source: SocketAddr) -> io::Resul
         }
     }
     socket.bind_device(Some(b"lo"))?;
-    socket.set_mark(netns.marks().application)?;
     socket.set_reuse_address(true)?;
     socket.bind(&source.into())?;
     Ok(socket)
@@ -168,19 +167,18 @@ pub fn stand_in(stream: &TcpStream) -> io::Result<Option<Socket>> {
 }
 
 /// As [`open`]. From its first moment on, the application reads a reset when the agent is killed.
-fn open_resetting(netns: &Netns, dst: SocketAddr) -> io::Result<Socket> {
-    let socket = open(netns, dst)?;
+fn open_resetting(netns: &Netns, dst: SocketAddr, mark: u32) -> io::Result<Socket> {
+    let socket = open(netns, dst, mark)?;
     socket.set_linger(Some(Duration::ZERO))?;
     Ok(socket)
 }
 
-/// A non-blocking socket in a namespace, of the destination's family. It carries the mark by which
+/// A non-blocking socket in a namespace, of the destination's family. It carries a mark by which
 /// rules in the pod know the agent's own.
-fn open(netns: &Netns, dst: SocketAddr) -> io::Result<Socket> {
-    let domain = Domain::for_address(dst);
-    let socket = netns.run(|| Socket::new(domain, Type::STREAM, Some(Protocol::TCP)))??;
-    socket.set_mark(netns.marks().outbound)?;
-    socket.set_nonblocking(true)?;
+fn open(netns: &Netns, dst: SocketAddr, mark: u32) -> io::Result<Socket> {
+    let (domain, kind) = (Domain::for_address(dst), Type::STREAM.nonblocking());
+    let socket = netns.run(|| Socket::new(domain, kind, Some(Protocol::TCP)))??;
+    socket.set_mark(mark)?;
     socket.set_tcp_nodelay(true)?;
     Ok(socket)
 }

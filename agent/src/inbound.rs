@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::accept::{accept_until, ended};
+use crate::accept::{accept_until, ended, prepare, tune};
 use crate::drain::DrainWatch;
 use crate::node::Node;
 use crate::pods::Pod;
@@ -15,6 +15,7 @@ mod plaintext;
 
 /// Serves the HBONE listener of `pod` until it leaves or the agent drains.
 pub async fn serve_hbone(node: Arc<Node>, pod: Arc<Pod>, listener: TcpListener, drain: DrainWatch) {
+    tune(&listener, None);
     let end = ended(&pod, drain.clone());
     accept_until(&listener, end, |tcp, peer| {
         let (node, pod, drain) = (node.clone(), node.successor(&pod), drain.clone());
@@ -30,6 +31,7 @@ pub async fn serve_plaintext(
     listener: TcpListener,
     drain: DrainWatch,
 ) {
+    prepare(&listener, node.keepalive);
     let end = ended(&pod, drain.clone());
     accept_until(&listener, end, |tcp, peer: SocketAddr| {
         let (node, pod, drain) = (node.clone(), node.successor(&pod), drain.clone());

@@ -12,7 +12,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::accept::{accept_until, ended, reset, tune};
+use crate::accept::{accept_until, ended, prepare, reset};
 use crate::capture::{Original, VerdictId};
 use crate::decide::decide_for;
 use crate::drain::DrainWatch;
@@ -36,6 +36,7 @@ pub async fn serve<F: Future<Output = ()> + Send>(
     + Send
     + 'static,
 ) {
+    prepare(&listener, node.keepalive);
     let end = ended(&pod, drain.clone());
     accept_until(&listener, end, |client, peer| {
         let (node, pod, drain) = (node.clone(), node.successor(&pod), drain.clone());
@@ -75,11 +76,12 @@ async fn carry(
         node.telemetry.failed_early(Reporter::Source, client, dst, error);
         reset(tcp);
     };
-    tune(&tcp, node.keepalive);
-    let own = tcp.local_addr().unwrap_or(peer);
     let Original { to: original, elsewhere } = match node.capture.outbound_dst(&tcp) {
         Ok(original) => original,
-        Err(error) => return failed(tcp, peer, own, &error),
+        Err(error) => {
+            let own = tcp.local_addr().unwrap_or(peer);
+            return failed(tcp, peer, own, &error);
+        }
     };
     let source = match node.workload_of(pod).await {
         Ok(source) => source,

@@ -16,7 +16,6 @@ use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::accept::tune;
 use crate::connections::{Direction, Guard, LiveConnection, PEER_REVOKED, Protocol};
 use crate::decide::decide;
 use crate::drain::DrainWatch;
@@ -44,7 +43,6 @@ pub(super) async fn serve(
     drain: DrainWatch,
 ) {
     let _open = node.telemetry.socket_opened(Reporter::Destination);
-    tune(&tcp, None);
     let Ok(own) = tcp.local_addr() else { return };
     let failed = |error: &dyn std::fmt::Display| {
         node.telemetry.failed_early(Reporter::Destination, peer, own, error);

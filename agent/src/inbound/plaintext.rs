@@ -10,7 +10,7 @@ use culvert_core::admit::{self, Admission, Inbound, Refusal};
 use culvert_core::workload::Workload;
 use tokio::net::TcpStream;
 
-use crate::accept::{reset, tune};
+use crate::accept::reset;
 use crate::ca::CaError;
 use crate::capture::{CaptureError, plaintext_dst};
 use crate::connections::{Direction, LiveConnection, Protocol};
@@ -39,7 +39,6 @@ pub(super) async fn carry(
     drain: DrainWatch,
 ) {
     let _open = node.telemetry.socket_opened(Reporter::Destination);
-    tune(&tcp, node.keepalive);
     let addressed = match plaintext_dst(&tcp) {
         Ok(addressed) => addressed,
         Err(_gone) => return reset(tcp),

@@ -66,7 +66,7 @@ pub(super) async fn carry(captured: Captured<'_>, tunnel: Tunnel, next_hop: Arc<
     });
     let caller = Caller { node, pod, source: &source, identity, client: client.addr(), hostname };
     // Without a tunnel it ends with a reset.
-    let tcp = Tcp::new(tcp);
+    let tcp = Tcp::accepted(tcp);
     let mut first = First::of(&tcp);
     // What opening needs, with a handshake in it, is not kept for as long as the connection lives.
     let Opened { stream, cut_off } = match Box::pin(caller.open(&tunnel, &mut first)).await {

@@ -61,6 +61,11 @@ impl Tcp {
         Self { stream }
     }
 
+    /// One of a listener from which it has both.
+    pub fn accepted(stream: TcpStream) -> Self {
+        Self { stream }
+    }
+
     pub(super) fn stream(&self) -> &TcpStream {
         &self.stream
     }
