@@ -13,11 +13,13 @@ pub mod server;
 
 mod field;
 mod measure;
+mod peer;
 mod report;
 mod scale;
 
 use field::{Field, Path};
 use measure::Kind;
+use peer::Programs;
 use report::Report;
 
 /// Measure throughput, latency, connections, processor time and memory beside the plain path
@@ -27,7 +29,10 @@ use report::Report;
   cargo xtask bench --only latency --only cpu-per-10k --json numbers.json
   cargo xtask bench --path accelerated --only throughput-1 --only latency-1
   CULVERT_BIN=/tmp/other/culvert cargo xtask bench --path cross
-  cargo xtask bench scale")]
+  CULVERT_PEER_ZTUNNEL=/tmp/ztunnel cargo xtask bench --path same
+  cargo xtask bench scale
+
+CULVERT_PEER_ZTUNNEL names a ztunnel binary to measure in the same rounds.")]
 pub struct Arguments {
     #[command(subcommand)]
     what: Option<What>,
@@ -63,10 +68,17 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let steps = Steps::new();
     setup::ensure(&steps, Purpose::Test)?;
     let binary = binary::release(&steps)?;
-    culvert_lab::sys::raise_open_files_limit().context("raising the limit of open files")?;
+    let peer = Programs::of(&steps)?;
+    let files = culvert_lab::sys::raise_open_files_limit();
+    let files = files.context("raising the limit of open files")?;
     let rounds = arguments.rounds.unwrap_or(if arguments.quick { 1 } else { 5 }).max(1);
     let seconds = arguments.seconds.unwrap_or(if arguments.quick { 1.2 } else { 3.0 });
     let idle = if arguments.quick { 2_000 } else { 10_000 };
+    // ztunnel has both ends of a connection within its node, and tunnels besides.
+    let idle_within = match peer {
+        Some(_) => idle.min(usize::try_from(files / 2)?.saturating_sub(500)),
+        None => idle,
+    };
     let mut report = Report::default();
     steps.heading("Making the mesh");
     let mut field = None;
@@ -75,6 +87,12 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         Ok(String::new())
     })?;
     let mut field = field.context("no mesh")?;
+    if let Some(programs) = &peer {
+        steps.step("two nodes with ztunnel", || {
+            field.add_peer(programs)?;
+            Ok(String::new())
+        })?;
+    }
     let wanted = |kind: &Kind| {
         let names = kind.measures();
         let matches = |only: &String| names.iter().any(|name| name.starts_with(only.as_str()));
@@ -95,7 +113,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         for kind in Kind::all().into_iter().filter(told) {
             steps.step(kind.title(), || {
                 let figures = match kind {
-                    Kind::Idle => measure::idle(&mut field, path, idle)?,
+                    Kind::Idle if path == Path::Cross => measure::idle(&mut field, path, idle)?,
+                    Kind::Idle => measure::idle(&mut field, path, idle_within)?,
                     _ => measure::alternate(&mut field, path, kind, rounds, seconds)?,
                 };
                 let note = figures.first().map(|figure| figure.summary()).unwrap_or_default();

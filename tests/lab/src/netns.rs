@@ -26,15 +26,20 @@ impl Netns {
     /// which would keep new addresses unusable for a second.
     pub fn create(name: &str) -> Result<Self> {
         ip(&["netns", "add", name])?;
-        let path = Path::new(DIRECTORY).join(name);
-        let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
-        let netns = Self { name: name.to_owned(), file: Arc::new(file) };
+        let netns = Self::open(name)?;
         for scope in ["all", "default"] {
             netns.sysctl(&format!("net/ipv6/conf/{scope}/accept_dad"), "0")?;
             netns.sysctl(&format!("net/ipv6/conf/{scope}/disable_ipv6"), "0")?;
         }
         netns.ip("link set lo up\n")?;
         Ok(netns)
+    }
+
+    /// One that is there, such as another process's.
+    pub fn open(name: &str) -> Result<Self> {
+        let path = Path::new(DIRECTORY).join(name);
+        let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
+        Ok(Self { name: name.to_owned(), file: Arc::new(file) })
     }
 
     /// The name to use with `ip netns exec`.

@@ -1,7 +1,7 @@
 //! The mesh that is measured, and its twin without Culvert.
 
 use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path as FilePath;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Duration;
@@ -9,13 +9,15 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use culvert_lab::agent::{Agent, AgentOptions};
-use culvert_lab::lab::{Attach, Pod};
+use culvert_lab::lab::Attach;
 use culvert_lab::mesh::{Mesh, PodSpec, Running};
+use culvert_lab::place::Place;
 use culvert_lab::process::Process;
 use culvert_lab::wait;
 
 use super::load::Outcome;
 use super::measure::resident;
+use super::peer::{Peer, Programs};
 
 /// Where the server is, seen from the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -28,15 +30,12 @@ pub enum Path {
     Cross,
 }
 
-/// With or without Culvert.
+/// Without agents, or with whose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
     Plain,
     Culvert,
-}
-
-impl Side {
-    pub const ALL: [Self; 2] = [Self::Plain, Self::Culvert];
+    Peer,
 }
 
 impl Path {
@@ -70,14 +69,15 @@ const SERVERS: [&str; 4] = ["near", "far", "other-near", "other-far"];
 /// The server of connections that are accelerated.
 const SWIFT: &str = "swift-near";
 
-/// Two nodes with agents, two just like them without, and one whose agent accelerates.
+/// Two nodes with agents, two just like them without, and one whose agent accelerates. There may be
+/// two more with a peer's agents.
 pub struct Field {
     agents: Vec<Agent>,
     /// Why no connection is accelerated, if none is.
     pub unaccelerated: Option<String>,
-    /// What the agents hold when nobody has connected yet, in megabytes.
-    pub fresh: Vec<f64>,
-    _servers: Vec<Process>,
+    fresh: Vec<f64>,
+    servers: Vec<Process>,
+    peer: Option<Peer>,
     mesh: Running,
 }
 
@@ -107,14 +107,10 @@ impl Field {
             .pod("swift-client", "swift", "client")
             .pod(SWIFT, "swift", "server")
             .start()?;
-        let own = std::env::current_exe().context("finding this program")?;
         let mut servers = Vec::new();
         let names = SERVERS.iter().flat_map(|name| [(*name).to_owned(), format!("plain-{name}")]);
         for name in names.chain([SWIFT.to_owned()]) {
-            let place = mesh.pod(&name).place();
-            let mut command = place.command(&own)?;
-            command.args(["bench-server", "--port", &PORT.to_string()]);
-            servers.push(place.start(&format!("server-{name}"), &mut command)?);
+            servers.push(serve(mesh.pod(&name).place(), &name)?);
         }
         let mut agents = vec![mesh.agent("a", binary)?, mesh.agent("b", binary)?];
         let pids: Vec<u32> = agents.iter().map(Agent::pid).collect();
@@ -125,14 +121,35 @@ impl Field {
         };
         agents.push(mesh.agent_with("e", &options)?);
         let unaccelerated = standing(&agents[2])?;
-        let field = Self { agents, unaccelerated, fresh, _servers: servers, mesh };
+        let field = Self { agents, unaccelerated, fresh, servers, peer: None, mesh };
         for path in [Path::Same, Path::Accelerated, Path::Cross] {
-            for side in Side::ALL {
-                field.wait_for(path, side)?;
+            for side in field.sides(path) {
+                field.wait_for(path, *side)?;
             }
         }
         field.warm();
         Ok(field)
+    }
+
+    /// Puts the peer's nodes beside these.
+    pub fn add_peer(&mut self, programs: &Programs) -> Result<()> {
+        let peer = self.peer.insert(Peer::start(programs, &self.mesh.lab().logs())?);
+        for name in SERVERS {
+            let (place, _) = peer.pod(name)?;
+            self.servers.push(serve(place, &format!("peer-{name}"))?);
+        }
+        for path in [Path::Same, Path::Cross] {
+            self.wait_for(path, Side::Peer)?;
+        }
+        Ok(())
+    }
+
+    /// What there is to measure on this path. The peer accelerates nothing.
+    pub fn sides(&self, path: Path) -> &'static [Side] {
+        match (path, &self.peer) {
+            (Path::Same | Path::Cross, Some(_)) => &[Side::Plain, Side::Culvert, Side::Peer],
+            (Path::Accelerated, _) | (_, None) => &[Side::Plain, Side::Culvert],
+        }
     }
 
     /// Lets the kernel carry what it may within the node. An agent that carries it itself, as older
@@ -159,27 +176,38 @@ impl Field {
 
     /// The agents that a connection passes on this path.
     pub fn agents(&self, path: Path, side: Side) -> Vec<u32> {
-        let passed = match (side, path) {
-            (Side::Plain, _) => &[][..],
-            (Side::Culvert, Path::Same) => &self.agents[..1],
-            (Side::Culvert, Path::Cross) => &self.agents[..2],
-            (Side::Culvert, Path::Accelerated) => &self.agents[2..],
+        let all: Vec<u32> = match side {
+            Side::Plain => Vec::new(),
+            Side::Culvert => self.agents.iter().map(Agent::pid).collect(),
+            Side::Peer => self.peer.as_ref().map(Peer::pids).unwrap_or_default(),
         };
-        passed.iter().map(Agent::pid).collect()
+        let passed = match path {
+            Path::Same => 0..1,
+            Path::Cross => 0..2,
+            Path::Accelerated => 2..3,
+        };
+        all.get(passed).unwrap_or_default().to_vec()
+    }
+
+    /// What each agent of a side held when nobody had connected yet, in megabytes.
+    pub fn fresh(&self, side: Side) -> &[f64] {
+        match side {
+            Side::Plain => &[],
+            Side::Culvert => &self.fresh,
+            Side::Peer => self.peer.as_ref().map(|peer| peer.fresh.as_slice()).unwrap_or_default(),
+        }
     }
 
     /// Starts a load of another pod of the client's node, towards a server of its own.
     pub fn flood(&self, path: Path, side: Side, arguments: &[&str]) -> Result<Flooding> {
-        let (client, server) = self.ends(path, side, "other-");
-        let mut command = self.command(client, server, arguments)?;
+        let mut command = self.command(path, side, "other-", arguments)?;
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         Ok(Flooding(command.spawn().context("starting the flood")?))
     }
 
     /// Runs one load to its end.
     pub fn load(&self, path: Path, side: Side, arguments: &[&str]) -> Result<Outcome> {
-        let (client, server) = self.ends(path, side, "");
-        let mut command = self.command(client, server, arguments)?;
+        let mut command = self.command(path, side, "", arguments)?;
         let output = command.output().context("starting the load")?;
         if !output.status.success() {
             let error = String::from_utf8_lossy(&output.stderr).trim().to_owned();
@@ -192,14 +220,8 @@ impl Field {
     pub fn hold(&self, path: Path, side: Side, count: usize) -> Result<Held> {
         let count = count.to_string();
         let arguments = ["--kind", "idle", "--connections", &count];
-        let (client, server) = self.ends(path, side, "");
-        let mut command = self.command(client, server, &arguments)?;
-        command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().context("starting the load")?;
-        let printed = child.stdout.take().context("no output")?;
-        let mut line = String::new();
-        BufReader::new(printed).read_line(&mut line)?;
-        let held = Held { input: child.stdin.take(), child };
+        let mut command = self.command(path, side, "", &arguments)?;
+        let (held, line) = Held::start(&mut command).context("starting the load")?;
         if line.trim() != "holding" {
             bail!("the connections could not be opened\n{}", self.logs(8));
         }
@@ -208,11 +230,13 @@ impl Field {
 
     /// How the agents' logs end.
     pub fn logs(&self, lines: usize) -> String {
-        let tails = ["a", "b", "e"].iter().zip(&self.agents).map(|(node, agent)| {
-            let log = agent.log();
-            format!("agent {node}:\n{}", crate::shell::last_lines(&log, lines))
-        });
-        tails.collect::<Vec<_>>().join("\n")
+        let own = self.agents.iter().map(Agent::log);
+        let names = ["agent a", "agent b", "agent e", "ztunnel a", "ztunnel b"];
+        let tails = names.iter().zip(own.chain(self.peer.iter().flat_map(Peer::logs)));
+        let tail = |(name, log): (_, String)| {
+            format!("{name}:\n{}", crate::shell::last_lines(&log, lines))
+        };
+        tails.map(tail).collect::<Vec<_>>().join("\n")
     }
 
     fn wait_for(&self, path: Path, side: Side) -> Result<()> {
@@ -222,33 +246,49 @@ impl Field {
         .map(drop)
     }
 
-    fn command(&self, client: &Pod, server: &Pod, arguments: &[&str]) -> Result<Command> {
+    /// A load from the client that is measured, or with `other-` from the one beside it.
+    fn command(&self, path: Path, side: Side, which: &str, arguments: &[&str]) -> Result<Command> {
         // Bytes in bulk have a port of their own.
         let port = if arguments.contains(&"bulk") { PORT + 1 } else { PORT };
-        let to = SocketAddr::new(server.v4().into(), port).to_string();
+        let (client, server) = self.ends(path, side, which)?;
+        let to = SocketAddr::new(server.into(), port).to_string();
         let own = std::env::current_exe().context("finding this program")?;
-        let mut command = client.place().command(own)?;
+        let mut command = client.command(own)?;
         command.args(["bench-load", "--to", &to]).args(arguments);
         Ok(command)
     }
 
-    /// Client and server: the ones that are measured, or with `other-` those beside them.
-    fn ends(&self, path: Path, side: Side, which: &str) -> (&Pod, &Pod) {
-        let prefix = match side {
-            Side::Culvert => "",
-            Side::Plain => "plain-",
+    /// Where the client is, and the server's address.
+    fn ends(&self, path: Path, side: Side, which: &str) -> Result<(&Place, Ipv4Addr)> {
+        let prefix = match (side, path) {
+            (Side::Plain, _) => "plain-",
+            (Side::Culvert, Path::Accelerated) => "swift-",
+            (Side::Culvert | Side::Peer, _) => "",
         };
-        if (path, side) == (Path::Accelerated, Side::Culvert) {
-            return (self.mesh.pod("swift-client"), self.mesh.pod(SWIFT));
-        }
+        let client = if which.is_empty() { "client" } else { "other" };
         let server = match path {
             Path::Same | Path::Accelerated => "near",
             Path::Cross => "far",
         };
-        let client = if which.is_empty() { "client" } else { "other" };
-        let pod = |name: &str| self.mesh.pod(&format!("{prefix}{name}"));
-        (pod(client), pod(&format!("{which}{server}")))
+        let (client, server) = (format!("{prefix}{client}"), format!("{prefix}{which}{server}"));
+        match side {
+            Side::Plain | Side::Culvert => {
+                Ok((self.mesh.pod(&client).place(), self.mesh.pod(&server).v4()))
+            }
+            Side::Peer => {
+                let peer = self.peer.as_ref().context("no peer")?;
+                Ok((peer.pod(&client)?.0, peer.pod(&server)?.1))
+            }
+        }
     }
+}
+
+/// Starts a server in a pod.
+fn serve(place: &Place, name: &str) -> Result<Process> {
+    let own = std::env::current_exe().context("finding this program")?;
+    let mut command = place.command(own)?;
+    command.args(["bench-server", "--port", &PORT.to_string()]);
+    place.start(&format!("server-{name}"), &mut command)
 }
 
 /// A load that runs beside another.
@@ -277,10 +317,22 @@ fn standing(agent: &Agent) -> Result<Option<String>> {
     Ok(Some(told).filter(|told| !told.starts_with(ON)))
 }
 
-/// Connections held open by a process.
+/// A process that holds what it made, such as open connections, until its input ends.
 pub struct Held {
     input: Option<ChildStdin>,
-    child: std::process::Child,
+    child: Child,
+}
+
+impl Held {
+    /// Starts it, and gives the line that it prints when it has made it.
+    pub fn start(command: &mut Command) -> Result<(Self, String)> {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let (input, printed) = (child.stdin.take(), child.stdout.take());
+        let held = Self { input, child };
+        let mut line = String::new();
+        BufReader::new(printed.context("no output")?).read_line(&mut line)?;
+        Ok((held, line))
+    }
 }
 
 impl Drop for Held {

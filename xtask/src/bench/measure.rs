@@ -172,7 +172,7 @@ pub fn alternate(
     let mut figures: Vec<Figure> = Vec::new();
     for _ in 0..rounds {
         let mut round: Vec<(String, Round, &'static str)> = Vec::new();
-        for side in Side::ALL {
+        for side in field.sides(path).iter().copied() {
             for (measure, value, unit) in sample_of(field, path, side, kind, seconds)? {
                 match round.iter_mut().find(|(name, ..)| *name == measure) {
                     Some((_, values, _)) => values.set(side, value),
@@ -238,11 +238,28 @@ fn flooded(field: &Field, path: Path, side: Side, flood: Flood, seconds: f64) ->
     Ok(loud / quiet)
 }
 
-/// How much the agents grow by connections that do nothing, once they have settled.
+/// What agents hold, and how much they grow by connections that do nothing.
 pub fn idle(field: &mut Field, path: Path, count: usize) -> Result<Vec<Figure>> {
-    let pids = field.agents(path, Side::Culvert);
+    let mut rounds = [Round::default(); 3];
+    for side in field.sides(path).iter().copied().filter(|side| *side != Side::Plain) {
+        for (round, value) in rounds.iter_mut().zip(holding(field, path, side, count)?) {
+            round.set(side, value);
+        }
+    }
+    let figures = [IDLE, FRESH, HOLDING].into_iter().zip(rounds);
+    let figure = |(measure, round): (&str, _)| {
+        let (path, measure) = (path.name(), measure.to_owned());
+        Figure { path, measure, rounds: vec![round], unit: "MB" }
+    };
+    Ok(figures.map(figure).collect())
+}
+
+/// The same of one side's agents, once they have settled: together for 10,000 connections; of the
+/// largest when fresh, and with the connections.
+fn holding(field: &Field, path: Path, side: Side, count: usize) -> Result<[f64; 3]> {
+    let pids = field.agents(path, side);
     let before = resident(&pids)?;
-    let held = field.hold(path, Side::Culvert, count)?;
+    let held = field.hold(path, side, count)?;
     let mut last = 0.0;
     wait::until("the agents' memory to settle", Duration::from_secs(20), || {
         let now = resident(&pids).unwrap_or_default();
@@ -254,14 +271,8 @@ pub fn idle(field: &mut Field, path: Path, count: usize) -> Result<Vec<Figure>> 
     let each = pids.iter().map(|pid| resident(&[*pid])).collect::<Result<Vec<_>>>()?;
     drop(held);
     let grown = (last - before).max(0.0) * 1e4 / count as f64;
-    let fresh = field.fresh.get(..pids.len()).unwrap_or_default();
-    let figures = [(IDLE, grown), (FRESH, largest(fresh)), (HOLDING, largest(&each))];
-    let figures = figures.map(|(measure, value)| {
-        let mut round = Round::default();
-        round.set(Side::Culvert, value);
-        Figure { path: path.name(), measure: measure.to_owned(), rounds: vec![round], unit: "MB" }
-    });
-    Ok(figures.into())
+    let fresh = field.fresh(side).get(..pids.len()).unwrap_or_default();
+    Ok([grown, largest(fresh), largest(&each)])
 }
 
 /// Processor seconds of the whole machine, idling left out.

@@ -15,6 +15,7 @@ mod targets;
 pub struct Round {
     plain: Option<f64>,
     culvert: Option<f64>,
+    peer: Option<f64>,
 }
 
 impl Round {
@@ -22,6 +23,7 @@ impl Round {
         let place = match side {
             Side::Plain => &mut self.plain,
             Side::Culvert => &mut self.culvert,
+            Side::Peer => &mut self.peer,
         };
         *place = Some(value);
     }
@@ -30,6 +32,7 @@ impl Round {
         match side {
             Side::Plain => self.plain,
             Side::Culvert => self.culvert,
+            Side::Peer => self.peer,
         }
     }
 }
@@ -93,11 +96,16 @@ impl Figure {
             ratio.unwrap_or_default()
         };
         let (plain, culvert) = (told(Side::Plain), told(Side::Culvert));
-        format!("plain {plain}, Culvert {culvert} {}{}", self.unit, ratio(Side::Culvert))
+        let unit = self.unit;
+        let peer = match self.median(Side::Peer) {
+            Some(peer) => format!(", ztunnel {} {unit}{}", short(peer), ratio(Side::Peer)),
+            None => String::new(),
+        };
+        format!("plain {plain}, Culvert {culvert} {unit}{}{peer}", ratio(Side::Culvert))
     }
 
     fn json(&self) -> Value {
-        json!({
+        let mut told = json!({
             "path": self.path,
             "measure": self.measure,
             "plain": self.median(Side::Plain),
@@ -107,7 +115,12 @@ impl Figure {
             "unit": self.unit,
             "target": self.goal().map(|(goal, _)| goal),
             "reached": self.goal().map(|(_, reached)| reached),
-        })
+        });
+        if let Some(peer) = self.median(Side::Peer) {
+            told["ztunnel"] = json!(peer);
+            told["ztunnel_ratio"] = json!(self.ratio(Side::Peer));
+        }
+        told
     }
 }
 
@@ -137,16 +150,22 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let row = |f: &mut fmt::Formatter<'_>, cells: [&str; 8]| {
-            let [path, measure, plain, culvert, unit, ratio, spread, goal] = cells;
-            writeln!(
+        let has_peer = self.0.iter().any(|figure| figure.median(Side::Peer).is_some());
+        let row = |f: &mut fmt::Formatter<'_>, cells: [&str; 7], peer: [&str; 2], goal: &str| {
+            let [path, measure, plain, culvert, unit, ratio, spread] = cells;
+            write!(
                 f,
                 "{path:<11} {measure:<32} {plain:>10} {culvert:>10} {unit:<8} {ratio:>6} \
-                 {spread:>7}  {goal}"
-            )
+                 {spread:>7}  "
+            )?;
+            if has_peer {
+                let [value, ratio] = peer;
+                write!(f, "{value:>10} {ratio:>6}  ")?;
+            }
+            writeln!(f, "{goal}")
         };
-        let [plain, culvert, ratio] = ["plain", "Culvert", "ratio"];
-        row(f, ["path", "measure", plain, culvert, "unit", ratio, "spread", "to reach"])?;
+        let cells = ["path", "measure", "plain", "Culvert", "unit", "ratio", "spread"];
+        row(f, cells, ["ztunnel", "ratio"], "to reach")?;
         for figure in &self.0 {
             let told = |side| figure.median(side).map_or_else(|| "–".to_owned(), short);
             let ratio = |side| {
@@ -166,8 +185,9 @@ impl fmt::Display for Report {
                     figure.unit,
                     &ratio(Side::Culvert),
                     &spread,
-                    goal.as_deref().unwrap_or_default(),
                 ],
+                [&told(Side::Peer), &ratio(Side::Peer)],
+                goal.as_deref().unwrap_or_default(),
             )?;
         }
         Ok(())

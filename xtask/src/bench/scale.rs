@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -58,7 +58,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let build = ["build", "--release", "--package", "culvert-tests", "--bin", "control-plane"];
     shell::run(shell::cargo().args(build))?;
     let plane = shell::target().join("release/control-plane");
-    let peer = std::env::var_os("CULVERT_PEER_ZTUNNEL").map(PathBuf::from);
+    let peer = binary::peer()?;
     let (mut table, mut field) = (Table::default(), None);
     for count in &arguments.workloads {
         steps.heading(&format!("{count} workloads"));

@@ -39,3 +39,17 @@ fn a_target_is_told_beside_what_was_reached() {
     assert_eq!(figure(&[(10.0, 9.0)]).json()["target"], "≥ 0.97");
     assert_eq!((reached(9.0), reached(9.8)), (Value::Bool(false), Value::Bool(true)));
 }
+
+#[test]
+fn a_peer_is_told_where_it_was_measured() {
+    let without = figure(&[(10.0, 9.0)]);
+    let mut with = without.clone();
+    with.rounds[0].set(Side::Peer, 2.0);
+    assert_eq!(with.json()["ztunnel"], 2.0);
+    assert_eq!(with.json()["ztunnel_ratio"], 0.2);
+    assert_eq!(with.json()["ratio"], without.json()["ratio"]);
+    assert_eq!(without.json().get("ztunnel"), None);
+    assert!(with.summary().ends_with("(0.90), ztunnel 2.0 Gbit/s (0.20)"), "{}", with.summary());
+    assert!(Report(vec![without.clone(), with]).to_string().contains("ztunnel"));
+    assert!(!Report(vec![without]).to_string().contains("ztunnel"));
+}
