@@ -7,7 +7,7 @@ mod directives;
 mod format;
 
 use std::fmt;
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -23,6 +23,8 @@ pub use format::LogFormat;
 
 /// How many lines may wait to be written; more are dropped and counted.
 const WAITING_LINES: usize = 16_384;
+/// How many bytes of lines may be written with one system call.
+const WRITTEN_TOGETHER: usize = 64 << 10;
 
 /// A log that is ready to be installed.
 pub struct Logging {
@@ -49,7 +51,8 @@ impl Logging {
         let (lines, worker) = NonBlockingBuilder::default()
             .buffered_lines_limit(WAITING_LINES)
             .thread_name("culvert-log")
-            .finish(writer);
+            // The thread flushes when no more lines wait, so that a crowd of them is written together.
+            .finish(BufWriter::with_capacity(WRITTEN_TOGETHER, writer));
         let dropped = lines.error_counter();
         let (filter, handle) = reload::Layer::new(directives.targets());
         let layer = Layer::new().event_format(format).with_ansi(false).with_writer(lines);

@@ -130,25 +130,41 @@ struct PlainFields<'a, 'w> {
     result: fmt::Result,
 }
 
-impl PlainFields<'_, '_> {
-    fn write(&mut self, field: &Field, value: fmt::Arguments<'_>) {
-        if field.name() == MESSAGE || self.result.is_err() {
-            return;
+impl<'w> PlainFields<'_, 'w> {
+    fn write(&mut self, field: &Field, value: impl FnOnce(&mut Writer<'w>) -> fmt::Result) {
+        if field.name() != MESSAGE && self.result.is_ok() {
+            self.result = self.key(field.name()).and_then(|()| value(self.writer));
         }
-        let separator = if std::mem::take(&mut self.first) { '\t' } else { ' ' };
-        self.result = write!(self.writer, "{separator}{}=", field.name())
-            .and_then(|()| OneLine(self.writer).write_fmt(value));
+    }
+
+    fn key(&mut self, name: &str) -> fmt::Result {
+        self.writer.write_char(if std::mem::take(&mut self.first) { '\t' } else { ' ' })?;
+        self.writer.write_str(name)?;
+        self.writer.write_char('=')
     }
 }
 
 impl Visit for PlainFields<'_, '_> {
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.write(field, format_args!("{value:?}"));
+        self.write(field, |writer| match is_plain(value) {
+            // As below, for what nearly all values are.
+            true => {
+                writer.write_char('"')?;
+                writer.write_str(value)?;
+                writer.write_char('"')
+            }
+            false => write!(OneLine(writer), "{value:?}"),
+        });
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.write(field, format_args!("{value:?}"));
+        self.write(field, |writer| write!(OneLine(writer), "{value:?}"));
     }
+}
+
+/// Whether nothing of a text is escaped between quotes.
+fn is_plain(text: &str) -> bool {
+    text.bytes().all(|byte| matches!(byte, b' '..=b'~') && byte != b'"' && byte != b'\\')
 }
 
 /// Escapes control characters, so that no value from elsewhere can begin a line of its own.
