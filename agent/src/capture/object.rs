@@ -1,11 +1,10 @@
 //! The kernel object and how it is loaded.
 
 use std::fmt;
-use std::path::PathBuf;
 
 use aya::programs::ProgramType;
 use aya::sys::{BpfHelper, is_helper_supported, is_program_supported};
-use aya::{Ebpf, EbpfLoader};
+use aya::{Ebpf, EbpfError, EbpfLoader};
 use culvert_abi::direct::{
     ACCELERATES, AGENT_MAP, DIRECT_COUNTS_MAP, DIRECT_MAP, DIRECT_MARGIN, DIRECT_ROOM, EVENTS_MAP,
     JOINED_MAP, JOINT_ENDS_MAP, JOINTS_MAP, LIVE_MAP, OFFSETS, Offsets, POD_DIRECT_MAP,
@@ -17,6 +16,7 @@ use culvert_abi::{
     SOCKETS_MAP,
 };
 use culvert_core::tables::NetnsCookie;
+use parking_lot::Mutex;
 use tracing::level_filters::LevelFilter;
 
 use super::pins::Pins;
@@ -53,10 +53,15 @@ pub const PINNED_MAPS: [&str; 20] = [
 
 /// Loads the object any number of times onto the same pinned maps.
 pub struct Loader {
-    maps: Vec<(&'static str, PathBuf)>,
+    /// One for all: the library reads all type information of the kernel for each that it makes, some
+    /// 15 ms and 10 MB, and our programs use none of it.
+    loader: Mutex<EbpfLoader<'static>>,
     node: NetnsCookie,
-    max_pods: u32,
-    max_verdicts: u32,
+}
+
+/// What the programs take for constant, but for the pod.
+struct Constants {
+    node: NetnsCookie,
     max_direct: u32,
     log_level: u8,
     have_set_retval: u8,
@@ -64,6 +69,9 @@ pub struct Loader {
     accelerates: u8,
     offsets: Offsets,
 }
+
+/// What programs have that are not a pod's.
+static NO_POD: u64 = 0;
 
 impl fmt::Debug for Loader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -77,50 +85,66 @@ impl Loader {
             is_helper_supported(ProgramType::CgroupSockAddr, helper)
                 .map_err(|error| CaptureError::Object(Box::new(error.into())))
         };
-        Ok(Loader {
-            maps: PINNED_MAPS.iter().map(|map| (*map, pins.map(map))).collect(),
-            node: options.node,
-            max_pods: options.max_pods,
-            max_verdicts: options.max_verdicts,
-            max_direct: options.max_direct,
+        let CaptureOptions { node, max_pods, max_verdicts, max_direct, .. } = *options;
+        // Once for the agent, and for as long.
+        let constants: &'static Constants = Box::leak(Box::new(Constants {
+            node,
+            max_direct,
             log_level: log_level(options.log_level),
             have_set_retval: helper(BpfHelper::BPF_FUNC_set_retval)?.into(),
             have_mptcp: helper(BpfHelper::BPF_FUNC_skc_to_mptcp_sock)?.into(),
             accelerates: options.acceleration.is_some().into(),
             offsets: options.acceleration.map(|found| found.offsets()).unwrap_or_default(),
-        })
+        }));
+        let mut loader = EbpfLoader::new();
+        loader.btf(None);
+        for map in PINNED_MAPS {
+            loader.map_pin_path(map, pins.map(map));
+        }
+        loader
+            .map_max_entries(PODS_MAP, max_pods)
+            .map_max_entries(POD_FLOWS_MAP, max_pods)
+            .map_max_entries(ADDRESSES_MAP, max_pods.saturating_mul(4))
+            .map_max_entries(EXCLUDED_PORTS_MAP, max_pods.saturating_mul(64))
+            .map_max_entries(EXCLUDED_NETS_MAP, max_pods.saturating_mul(64))
+            .map_max_entries(LISTENERS_MAP, max_pods.saturating_mul(3))
+            .map_max_entries(VERDICTS_MAP, max_verdicts)
+            // Twice, for pods that were withdrawn while connections of theirs live on.
+            .map_max_entries(POD_DIRECT_MAP, max_pods.saturating_mul(2))
+            .map_max_entries(DIRECT_MAP, max_direct.saturating_add(DIRECT_MARGIN))
+            .map_max_entries(LIVE_MAP, max_pods)
+            .override_global(DIRECT_ROOM, &constants.max_direct, true)
+            .override_global(NODE_NETNS, &constants.node.0, true)
+            .override_global(POD_NETNS, &NO_POD, true)
+            .override_global(HAVE_SET_RETVAL, &constants.have_set_retval, true)
+            .override_global(HAVE_MPTCP, &constants.have_mptcp, true)
+            .override_global(ACCELERATES, &constants.accelerates, true)
+            .override_global(OFFSETS, &constants.offsets, true)
+            .override_global(aya_log::LEVEL, &constants.log_level, true);
+        Ok(Loader { loader: Mutex::new(loader), node })
     }
 
     /// Creates the maps that are not pinned yet and prepares the programs; with the cookie of a pod
     /// for its own program.
     pub fn load(&self, pod: Option<NetnsCookie>) -> Result<Ebpf, CaptureError> {
-        let pod = pod.map_or(0, |NetnsCookie(cookie)| cookie);
-        let mut loader = EbpfLoader::new();
-        for (map, path) in &self.maps {
-            loader.map_pin_path(map, path.as_path());
-        }
-        loader
-            .map_max_entries(PODS_MAP, self.max_pods)
-            .map_max_entries(POD_FLOWS_MAP, self.max_pods)
-            .map_max_entries(ADDRESSES_MAP, self.max_pods.saturating_mul(4))
-            .map_max_entries(EXCLUDED_PORTS_MAP, self.max_pods.saturating_mul(64))
-            .map_max_entries(EXCLUDED_NETS_MAP, self.max_pods.saturating_mul(64))
-            .map_max_entries(LISTENERS_MAP, self.max_pods.saturating_mul(3))
-            .map_max_entries(VERDICTS_MAP, self.max_verdicts)
-            // Twice, for pods that were withdrawn while connections of theirs live on.
-            .map_max_entries(POD_DIRECT_MAP, self.max_pods.saturating_mul(2))
-            .map_max_entries(DIRECT_MAP, self.max_direct.saturating_add(DIRECT_MARGIN))
-            .map_max_entries(LIVE_MAP, self.max_pods)
-            .override_global(DIRECT_ROOM, &self.max_direct, true)
-            .override_global(NODE_NETNS, &self.node.0, true)
-            .override_global(POD_NETNS, &pod, true)
-            .override_global(HAVE_SET_RETVAL, &self.have_set_retval, true)
-            .override_global(HAVE_MPTCP, &self.have_mptcp, true)
-            .override_global(ACCELERATES, &self.accelerates, true)
-            .override_global(OFFSETS, &self.offsets, true)
-            .override_global(aya_log::LEVEL, &self.log_level, true);
-        loader.load(OBJECT).map_err(|error| CaptureError::Object(Box::new(error)))
+        let mut loader = self.loader.lock();
+        let loaded = match pod {
+            Some(NetnsCookie(cookie)) => load_for(&mut loader, cookie),
+            None => loader.load(OBJECT),
+        };
+        loaded.map_err(|error| CaptureError::Object(Box::new(error)))
     }
+}
+
+fn load_for(loader: &mut EbpfLoader<'static>, pod: u64) -> Result<Ebpf, EbpfError> {
+    let pod = Box::into_raw(Box::new(pod));
+    // SAFETY: it is freed below, when the loader has no reference to it any more.
+    let lent: &'static u64 = unsafe { &*pod };
+    let loaded = loader.override_global(POD_NETNS, lent, true).load(OBJECT);
+    loader.override_global(POD_NETNS, &NO_POD, true);
+    // SAFETY: made above; what was loaded has a copy of its own, and the loader has another constant.
+    drop(unsafe { Box::from_raw(pod) });
+    loaded
 }
 
 /// The levels of aya-log: off is 0, error is 1, trace is 5.
