@@ -9,6 +9,8 @@ mod raw;
 mod service;
 mod workload;
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use culvert_core::authorization::Authorization;
 use culvert_core::intern::Interner;
@@ -45,8 +47,8 @@ impl Rejection {
 /// An `istio.workload.Address`.
 #[derive(Debug)]
 pub enum Address {
-    Workload(Workload),
-    Service(Service),
+    Workload(Arc<Workload>),
+    Service(Arc<Service>),
 }
 
 /// Decodes, and keeps texts that many resources repeat only once.
@@ -63,7 +65,8 @@ impl Decoder {
                 workload::decode(workload, &mut self.interner).map(Address::Workload)
             }
             Some(raw::Type::Service(service)) => {
-                service::decode(service, &mut self.interner).map(Address::Service)
+                let service = service::decode(service, &mut self.interner)?;
+                Ok(Address::Service(Arc::new(service)))
             }
             None => Err(Rejection::Missing("both workload and service")),
         }

@@ -141,8 +141,10 @@ impl Intake {
         if let Some(((content, raw), version)) = kept {
             content.put(item, name.clone(), version, raw);
         }
-        if let Change::Workload(workload) = &mut change {
-            workload.uid = name;
+        if let Change::Workload(workload) = &mut change
+            && !Arc::ptr_eq(&workload.uid, &name)
+        {
+            Arc::make_mut(workload).uid = name;
         }
         change
     }

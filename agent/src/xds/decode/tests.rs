@@ -21,14 +21,14 @@ fn decode(address: Type) -> Result<Address, Rejection> {
 
 fn workload(raw: proto::Workload) -> Result<Workload, Rejection> {
     match decode(Type::Workload(raw))? {
-        Address::Workload(workload) => Ok(workload),
+        Address::Workload(workload) => Ok(Arc::unwrap_or_clone(workload)),
         Address::Service(service) => panic!("{service:?}"),
     }
 }
 
 fn service(raw: proto::Service) -> Result<Service, Rejection> {
     match decode(Type::Service(raw))? {
-        Address::Service(service) => Ok(service),
+        Address::Service(service) => Ok(Arc::unwrap_or_clone(service)),
         Address::Workload(workload) => panic!("{workload:?}"),
     }
 }

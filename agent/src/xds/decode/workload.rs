@@ -19,7 +19,7 @@ static DEFAULT_TRUST_DOMAIN: Bytes = Bytes::from_static(b"cluster.local");
 static DEFAULT_SERVICE_ACCOUNT: Bytes = Bytes::from_static(b"default");
 static DEFAULT_CLUSTER: Bytes = Bytes::from_static(b"Kubernetes");
 
-pub(super) fn decode(raw: raw::Workload, texts: &mut Interner) -> Result<Workload, Rejection> {
+pub(super) fn decode(raw: raw::Workload, texts: &mut Interner) -> Result<Arc<Workload>, Rejection> {
     if raw.uid.is_empty() {
         return Err(Rejection::Missing("uid"));
     }
@@ -31,7 +31,7 @@ pub(super) fn decode(raw: raw::Workload, texts: &mut Interner) -> Result<Workloa
     let mut known = |field, bytes: &Bytes| text(field, bytes).map(|text| texts.text(text));
     let policies = raw.authorization_policies.iter();
     let policies = policies.map(|name| known("authorization_policies", name));
-    Ok(Workload {
+    Ok(Arc::new(Workload {
         authorization_policies: policies.collect::<Result<_, _>>()?,
         addresses: addresses.collect::<Result<_, _>>()?,
         // The key of the name's version too, and therefore not interned.
@@ -62,7 +62,7 @@ pub(super) fn decode(raw: raw::Workload, texts: &mut Interner) -> Result<Workloa
         services: services(raw.services, texts)?,
         workload_type: texts.text(workload_type(raw.workload_type)),
         // `extensions` are absent: they are for other consumers of the resource.
-    })
+    }))
 }
 
 fn or<'a>(given: &'a Bytes, default: &'a Bytes) -> &'a Bytes {
