@@ -55,6 +55,7 @@ pub enum Address {
 #[derive(Debug, Default)]
 pub struct Decoder {
     interner: Interner,
+    before: workload::Before,
 }
 
 impl Decoder {
@@ -62,10 +63,11 @@ impl Decoder {
     pub fn address(&mut self, bytes: Bytes) -> Result<Address, Rejection> {
         match raw::Address::decode(bytes)?.r#type {
             Some(raw::Type::Workload(workload)) => {
-                workload::decode(workload, &mut self.interner).map(Address::Workload)
+                workload::decode(workload, &mut self.interner, &mut self.before)
+                    .map(Address::Workload)
             }
             Some(raw::Type::Service(service)) => {
-                let service = service::decode(service, &mut self.interner)?;
+                let service = service::decode(*service, &mut self.interner)?;
                 Ok(Address::Service(Arc::new(service)))
             }
             None => Err(Rejection::Missing("both workload and service")),
