@@ -39,7 +39,6 @@ use intake::Intake;
 use keeper::Keeper;
 use kept::{Content, Scope, Store};
 use needs::Needs;
-use read::Reader;
 use session::{Session, Subscription, Version};
 pub use status::{XdsConnection, XdsStatus};
 pub use wire::Response;
@@ -90,11 +89,8 @@ pub async fn start(
     };
     let session = Session::new(node::describe(settings, facts), subscription);
     let content = settings.kept.as_ref().map(|_| Content::default());
-    let mut reader = match content {
-        Some(_) => Reader::keeping(),
-        None => Reader::default(),
-    };
     let mut intake = Intake::new(session, content);
+    let reader = intake.reader.alike();
     let mut first = XdsStatus::default();
     let mut keeper = None;
     if let Some(kept) = &settings.kept {
@@ -103,7 +99,7 @@ pub async fn start(
             on_demand: settings.on_demand,
         };
         let store = Store::new(&kept.path, scope);
-        restore(&store, kept, (&mut reader, &mut intake), &publish, &mut first).await;
+        restore(&store, kept, &mut intake, &publish, &mut first).await;
         keeper = Some(Keeper::new(store, kept.max_age));
     }
     let (sender, status) = watch::channel(first);
@@ -127,7 +123,7 @@ pub async fn start(
 async fn restore(
     store: &Store,
     settings: &Kept,
-    (reader, intake): (&mut Reader, &mut Intake),
+    intake: &mut Intake,
     publish: &impl Publish,
     status: &mut XdsStatus,
 ) {
@@ -140,10 +136,8 @@ async fn restore(
         Err(error) => return tracing::warn!(%error, "the kept state could not be read"),
     };
     let current = state.current;
-    let mut changes = state.filter_map(|it| {
-        let version = Version::new(&it.version);
-        intake.restore(reader.content(it.kind()?, &it.name, version, it.value))
-    });
+    let mut changes = state
+        .filter_map(|it| intake.restore(it.kind()?, &it.name, Version::new(&it.version), it.value));
     publish.publish(&mut changes);
     drop(changes);
     status.restored(current, &intake.session);

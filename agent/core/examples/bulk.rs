@@ -19,9 +19,9 @@ fn main() {
     let mut texts = Interner::default();
     let made = processor();
     let mut changes = Vec::with_capacity(count + services);
-    changes.extend((0..services).map(|number| Change::Service(service(&mut texts, number))));
+    changes.extend((0..services).map(|number| Change::service(service(&mut texts, number))));
     changes
-        .extend((0..count).map(|number| Change::Workload(workload(&mut texts, number, services))));
+        .extend((0..count).map(|number| Change::workload(workload(&mut texts, number, services))));
     tell("values made", processor() - made);
     let one = std::mem::size_of::<Workload>();
     println!("{count} workloads of {one} bytes, {services} services: {:.1} MB", resident());
@@ -36,7 +36,7 @@ fn main() {
     for number in 0..1_000 {
         let mut next = workload(&mut texts, number * 7 % count, services);
         next.status = Health::Unhealthy;
-        current = current.with([Change::Workload(next)]);
+        current = current.with([Change::workload(next)]);
     }
     tell("one change", (processor() - changed) / 1_000);
 
@@ -45,7 +45,7 @@ fn main() {
             let member = workload(&mut texts, number, services);
             let ports: PortMap = [(80, 8080)].into_iter().collect();
             let services = [(key(&mut texts, 0), ports)].into_iter().collect();
-            Change::Workload(Workload { services, ..member })
+            Change::workload(Workload { services, ..member })
         })
         .collect();
     let large = snapshot.with(large);
@@ -64,7 +64,7 @@ fn main() {
     for number in 0..1_000 {
         let mut next = workload(&mut texts, number, services);
         next.services = [(key(&mut texts, 0), PortMap::default())].into_iter().collect();
-        current = current.with([Change::Workload(next)]);
+        current = current.with([Change::workload(next)]);
     }
     tell("one change of one of 10,000 endpoints", (processor() - changed) / 1_000);
 }

@@ -101,8 +101,8 @@ pub fn snapshot(
     workloads: impl IntoIterator<Item = Workload>,
     services: impl IntoIterator<Item = Service>,
 ) -> Snapshot {
-    let workloads = workloads.into_iter().map(Change::Workload);
-    Snapshot::default().with(workloads.chain(services.into_iter().map(Change::Service)))
+    let workloads = workloads.into_iter().map(Change::workload);
+    Snapshot::default().with(workloads.chain(services.into_iter().map(Change::service)))
 }
 
 /// A policy of scope GLOBAL. Each rule is in the notation of [`rule`].

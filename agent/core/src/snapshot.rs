@@ -9,8 +9,8 @@ use crate::authorization::{Authorization, Match, PolicyScope};
 use crate::service::{HealthPolicy, Service};
 use crate::workload::{Health, PolicyKey, PortMap, TunnelProtocol, Workload};
 use batch::Batch;
-use index::{PolicyIndex, ServiceIndex, WorkloadIndex};
-use members::MemberIndex;
+use index::{PolicyIndex, PolicySteps, ServiceIndex, ServiceSteps, WorkloadIndex, WorkloadSteps};
+use members::{Joins, MemberIndex};
 use trie::Trie;
 
 mod batch;
@@ -23,14 +23,25 @@ pub use members::Roster;
 /// One step from a snapshot to the next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    Workload(Workload),
+    /// Large and very many: moved as a pointer from where it is made to where it stays.
+    Workload(Arc<Workload>),
     RemoveWorkload(Arc<str>),
-    Service(Service),
+    Service(Arc<Service>),
     RemoveService(NamespacedHostname),
     Authorization(Authorization),
     RemoveAuthorization(PolicyKey),
     /// Replaces the set of workloads that must be reached through their waypoint.
     RequireWaypoint(RequireWaypoint),
+}
+
+impl Change {
+    pub fn workload(workload: impl Into<Arc<Workload>>) -> Self {
+        Self::Workload(workload.into())
+    }
+
+    pub fn service(service: impl Into<Arc<Service>>) -> Self {
+        Self::Service(service.into())
+    }
 }
 
 /// Which local workloads refuse what does not come from their waypoint.
@@ -72,9 +83,13 @@ impl Snapshot {
     /// IPv4-mapped IPv6 addresses and ranges of them become plain IPv4.
     pub fn with(&self, changes: impl IntoIterator<Item = Change>) -> Snapshot {
         let mut next = self.clone();
-        let mut workloads = Batch::on(&self.workloads);
-        let mut services = Batch::on(&self.services);
-        let mut policies = Batch::on(&self.policies.by_key);
+        let joins = Joins::of(&self.members);
+        let steps = WorkloadSteps::of(&self.workload_index, joins);
+        let mut workloads = Batch::on(&self.workloads, steps);
+        let steps = ServiceSteps::of(&self.service_index);
+        let mut services = Batch::on(&self.services, steps);
+        let steps = PolicySteps::of(&self.policies);
+        let mut policies = Batch::on(&self.policies.by_key, steps);
         for change in changes {
             match change {
                 Change::Workload(workload) => {
@@ -87,7 +102,8 @@ impl Snapshot {
                 Change::Service(service) => {
                     let key = service.key();
                     let hash = self.services.hash(&key);
-                    services.insert(hash, canonical_service(service), |it| is_called(it, &key));
+                    let service = canonical_service(service);
+                    services.insert(hash, service, |it| is_called(it, &key));
                 }
                 Change::RemoveService(key) => {
                     services.remove(self.services.hash(&key), |it| is_called(it, &key));
@@ -95,7 +111,8 @@ impl Snapshot {
                 Change::Authorization(policy) => {
                     let key = policy.key();
                     let hash = self.policies.by_key.hash(&*key);
-                    policies.insert(hash, canonical_policy(policy), |it| it.has_key(&key));
+                    let policy = Arc::new(canonical_policy(policy));
+                    policies.insert(hash, policy, |it| it.has_key(&key));
                 }
                 Change::RemoveAuthorization(key) => {
                     policies.remove(self.policies.by_key.hash(&*key), |it| it.has_key(&key));
@@ -107,21 +124,18 @@ impl Snapshot {
                 }
             }
         }
-        let (workloads, services) = (workloads.net(), services.net());
-        next.policies.apply(&policies.net());
-        let mut joining = || next.members.apply(&workloads, &self.workloads);
-        let mut listing = || {
-            next.workload_index.apply(&workloads);
-            next.workloads.apply(workloads.all().collect());
-            next.service_index.apply(&services);
-            next.services.apply(services.all().collect());
-        };
-        match workloads.len() >= WORTH_A_THREAD {
-            true => side_by_side(joining, listing),
-            false => {
-                joining();
-                listing();
-            }
+        let (by_key, indexes) = policies.end();
+        next.policies.apply(by_key, indexes);
+        let (by_key, indexes) = services.end();
+        next.services.apply(by_key);
+        next.service_index.apply(indexes);
+        let (by_uid, indexes) = workloads.end();
+        let is_large = by_uid.len() >= WORTH_A_THREAD;
+        let by_uid = (&mut next.workloads, by_uid);
+        let jobs = next.workload_index.jobs(by_uid, &mut next.members, indexes);
+        match is_large {
+            true => side_by_side(jobs),
+            false => jobs.into_iter().for_each(|job| job()),
         }
         next
     }
@@ -332,40 +346,48 @@ pub(crate) fn declared_endpoint<'a>(
 /// From how many changes on a thread costs less than it saves.
 const WORTH_A_THREAD: usize = 8192;
 
-/// Does both at the same time, if a thread can be had for `one`.
-fn side_by_side(one: impl FnOnce() + Send, other: impl FnOnce()) {
-    let one = Mutex::new(Some(one));
-    let run_one = || {
-        let taken = one.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(one) = taken {
-            one();
+/// One of the things that can be done at the same time.
+type Job<'a> = Box<dyn FnOnce() + Send + 'a>;
+
+/// Does all of them on two threads, or on this one if there is no other.
+fn side_by_side<const N: usize>(jobs: [Job<'_>; N]) {
+    let jobs = Mutex::new(jobs.into_iter());
+    let next = || jobs.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || {
+        while let Some(job) = next() {
+            job();
         }
     };
     scope(|scope| {
-        // Without a thread it is left for afterwards.
-        let _ = Builder::new().spawn_scoped(scope, run_one);
-        other();
+        let _ = Builder::new().spawn_scoped(scope, work);
+        work();
     });
-    run_one();
 }
 
 fn is_called(service: &Service, key: &NamespacedHostname) -> bool {
     service.hostname == key.hostname && service.namespace == key.namespace
 }
 
-fn canonical_workload(mut workload: Workload) -> Workload {
-    for ip in &mut workload.addresses {
-        *ip = ip.to_canonical();
+fn canonical_workload(mut workload: Arc<Workload>) -> Arc<Workload> {
+    if workload.addresses.iter().any(|ip| ip.to_canonical() != *ip) {
+        for ip in &mut Arc::make_mut(&mut workload).addresses {
+            *ip = ip.to_canonical();
+        }
     }
     workload
 }
 
-fn canonical_service(mut service: Service) -> Service {
-    for vip in &mut service.vips {
-        vip.ip = vip.ip.to_canonical();
-    }
-    for range in &mut service.cidr_vips {
-        range.cidr = canonical_range(range.cidr);
+fn canonical_service(mut service: Arc<Service>) -> Arc<Service> {
+    let is_canonical = service.vips.iter().all(|vip| vip.ip.to_canonical() == vip.ip)
+        && service.cidr_vips.iter().all(|range| canonical_range(range.cidr) == range.cidr);
+    if !is_canonical {
+        let service = Arc::make_mut(&mut service);
+        for vip in &mut service.vips {
+            vip.ip = vip.ip.to_canonical();
+        }
+        for range in &mut service.cidr_vips {
+            range.cidr = canonical_range(range.cidr);
+        }
     }
     service
 }

@@ -87,9 +87,9 @@ pub fn diff(old: &Mesh, new: &Mesh) -> Vec<Change> {
     changes.extend(gone(&old.workloads, &new.workloads).map(Change::RemoveWorkload));
     changes.extend(gone(&old.services, &new.services).map(Change::RemoveService));
     changes.extend(gone(&old.policies, &new.policies).map(Change::RemoveAuthorization));
-    changes.extend(fresh(&old.workloads, &new.workloads).map(Change::Workload));
+    changes.extend(fresh(&old.workloads, &new.workloads).map(Change::workload));
     changes.extend(fresh(&old.policies, &new.policies).map(Change::Authorization));
-    changes.extend(fresh(&old.services, &new.services).map(Change::Service));
+    changes.extend(fresh(&old.services, &new.services).map(Change::service));
     if old.culvert.require_waypoint != new.culvert.require_waypoint {
         changes.push(Change::RequireWaypoint(new.culvert.require_waypoint.clone()));
     }

@@ -1,5 +1,4 @@
-//! The resources of a large response, taken over on one thread while another one receives and reads
-//! them.
+//! The resources of a large response, taken over on one thread while another one receives them.
 
 use std::time::Duration;
 
@@ -7,12 +6,13 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
-use super::decode::Rejection;
-use super::read::{Piece, Read};
+use super::read::{Piece, Resource};
 use super::wire::Response;
 
 /// Groups of pieces that wait to be taken; each is what one frame of the connection completed.
 pub(super) const WAITING: usize = 64;
+/// While fewer wait, whoever takes them over has time to read them too.
+pub(super) const FEW: usize = 2;
 /// How long one publication may wait for more: others cannot publish meanwhile.
 const SECTION: Duration = Duration::from_secs(1);
 
@@ -79,12 +79,12 @@ impl Arriving {
 }
 
 impl Iterator for Arriving {
-    type Item = Result<Read, Rejection>;
+    type Item = Resource;
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             match self.group.next() {
-                Some(Piece::Resource(read)) => return Some(read),
+                Some(Piece::Resource(resource)) => return Some(resource),
                 Some(Piece::End(rest)) => {
                     self.state = State::Whole(rest);
                     return None;

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tonic::{Code, Status};
 
 use super::Publish;
-use super::arriving::{Arriving, WAITING};
+use super::arriving::{Arriving, FEW, WAITING};
 use super::backoff::{Backoff, End};
 use super::incoming::{Event, Incoming};
 use super::intake::{Intake, Outcome};
@@ -38,6 +38,7 @@ const OUTGOING: usize = 1024;
 
 pub(super) struct Client<P> {
     pub control: Control,
+    /// For what is read where it is received.
     pub reader: Reader,
     pub intake: Arc<Mutex<Intake>>,
     pub publish: Arc<P>,
@@ -210,8 +211,7 @@ impl<P: Publish> Client<P> {
                 let publish = self.publish.clone();
                 let publish = |changes: &mut dyn Iterator<Item = _>| publish.publish(changes);
                 let size = response.size();
-                let Self { reader, intake, needs, .. } = self;
-                (size, intake.lock().take(response, reader, needs, publish))
+                (size, self.intake.lock().take(response, &self.needs, publish))
             }
             Some(Event::Large(size)) => (size, self.take_arriving(stream, size).await?),
         };
@@ -236,7 +236,8 @@ impl<P: Publish> Client<P> {
         Ok(Some(outcome.answer))
     }
 
-    /// Receives and reads a large response here, and takes it over on a thread of its own meanwhile.
+    /// Receives a large response here, and takes it over on a thread of its own meanwhile. Resources
+    /// are read by either, so that both have the same to do.
     async fn take_arriving(
         &mut self,
         stream: &mut Incoming,
@@ -256,8 +257,11 @@ impl<P: Publish> Client<P> {
                 Ok(Err(status)) => break Err(status),
                 Err(_) => break Err(Status::unavailable("it stopped within a response")),
             };
-            let group: Vec<Piece> =
-                group.into_iter().filter_map(|part| self.reader.piece(part)).collect();
+            let pieces = group.into_iter().filter_map(Piece::of);
+            let group: Vec<Piece> = match groups.max_capacity() - groups.capacity() < FEW {
+                true => pieces.collect(),
+                false => pieces.map(|piece| self.reader.piece(piece)).collect(),
+            };
             let is_last = matches!(group.last(), Some(Piece::End(_)));
             // If nobody takes it any more, the thread says why.
             if groups.send(group).await.is_err() || is_last {

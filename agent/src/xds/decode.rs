@@ -9,6 +9,8 @@ mod raw;
 mod service;
 mod workload;
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use culvert_core::authorization::Authorization;
 use culvert_core::intern::Interner;
@@ -45,14 +47,15 @@ impl Rejection {
 /// An `istio.workload.Address`.
 #[derive(Debug)]
 pub enum Address {
-    Workload(Workload),
-    Service(Service),
+    Workload(Arc<Workload>),
+    Service(Arc<Service>),
 }
 
 /// Decodes, and keeps texts that many resources repeat only once.
 #[derive(Debug, Default)]
 pub struct Decoder {
     interner: Interner,
+    before: workload::Before,
 }
 
 impl Decoder {
@@ -60,10 +63,12 @@ impl Decoder {
     pub fn address(&mut self, bytes: Bytes) -> Result<Address, Rejection> {
         match raw::Address::decode(bytes)?.r#type {
             Some(raw::Type::Workload(workload)) => {
-                workload::decode(workload, &mut self.interner).map(Address::Workload)
+                workload::decode(workload, &mut self.interner, &mut self.before)
+                    .map(Address::Workload)
             }
             Some(raw::Type::Service(service)) => {
-                service::decode(service, &mut self.interner).map(Address::Service)
+                let service = service::decode(*service, &mut self.interner)?;
+                Ok(Address::Service(Arc::new(service)))
             }
             None => Err(Rejection::Missing("both workload and service")),
         }

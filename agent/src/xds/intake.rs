@@ -10,7 +10,7 @@ use super::arriving::Arriving;
 use super::decode::Rejection;
 use super::kept::Content;
 use super::needs::{Found, Needs};
-use super::read::{Read, Reader};
+use super::read::{Read, Reader, Resource};
 use super::session::{Item, Kind, Rejections, Session, Version};
 use super::wire::Response;
 
@@ -24,6 +24,8 @@ pub(super) struct Intake {
     pub session: Session,
     /// The resources as they came, when they are to be kept on disk.
     pub content: Option<Content>,
+    /// For what nobody has read yet.
+    pub reader: Reader,
 }
 
 /// What became of a response.
@@ -37,7 +39,11 @@ pub(super) struct Outcome {
 
 impl Intake {
     pub fn new(session: Session, content: Option<Content>) -> Self {
-        Self { session, content }
+        let reader = match content {
+            Some(_) => Reader::keeping(),
+            None => Reader::default(),
+        };
+        Self { session, content, reader }
     }
 
     /// Hands the changes of `response` to `publish`, which must take all of them. They are made as
@@ -45,7 +51,6 @@ impl Intake {
     pub fn take(
         &mut self,
         response: Response,
-        reader: &mut Reader,
         needs: &Needs,
         publish: impl FnOnce(&mut dyn Iterator<Item = Change>),
     ) -> Outcome {
@@ -53,7 +58,7 @@ impl Intake {
         let mut tally = Tally { kind: Kind::of_url(&type_url), ..Tally::default() };
         if let Some(kind) = tally.kind {
             self.session.names_mut(kind).expect(resources.len());
-            let resources = resources.into_iter().map(|resource| reader.resource(resource));
+            let resources = resources.into_iter().map(Resource::Unread);
             let removals = removed_resources.into_iter();
             publish(&mut Changes { intake: self, needs, resources, removals, tally: &mut tally });
         } else {
@@ -110,13 +115,19 @@ impl Intake {
     }
 
     /// Takes over what was kept on disk. A resource that cannot be read any more is left out.
-    pub fn restore(&mut self, read: Read) -> Option<Change> {
-        let Read { name, version, kind, raw, change, .. } = read;
-        match (kind, change) {
-            (Some(kind), Ok(change)) => Some(self.accept(kind, name, version, raw, change)),
-            (_, change) => {
-                let error = change.err().map(tracing::field::display);
-                tracing::warn!(name = &*name, error, "a kept resource is left out");
+    pub fn restore(
+        &mut self,
+        kind: Kind,
+        name: &str,
+        version: Version,
+        value: Bytes,
+    ) -> Option<Change> {
+        let Read { name, version, raw, change, .. } =
+            self.reader.content(kind, name, version, value);
+        match change {
+            Ok(change) => Some(self.accept(kind, name, version, raw, change)),
+            Err(error) => {
+                tracing::warn!(name = &*name, %error, "a kept resource is left out");
                 None
             }
         }
@@ -141,8 +152,10 @@ impl Intake {
         if let Some(((content, raw), version)) = kept {
             content.put(item, name.clone(), version, raw);
         }
-        if let Change::Workload(workload) = &mut change {
-            workload.uid = name;
+        if let Change::Workload(workload) = &mut change
+            && !Arc::ptr_eq(&workload.uid, &name)
+        {
+            Arc::make_mut(workload).uid = name;
         }
         change
     }
@@ -185,11 +198,11 @@ impl Tally {
     }
 }
 
-impl<R: Iterator<Item = Result<Read, Rejection>>> Changes<'_, R> {
-    fn resource(&mut self, read: Result<Read, Rejection>) -> Option<Change> {
+impl<R: Iterator<Item = Resource>> Changes<'_, R> {
+    fn resource(&mut self, resource: Resource) -> Option<Change> {
         let index = self.tally.resources;
         self.tally.resources += 1;
-        let read = match read {
+        let read = match self.intake.reader.resource(resource) {
             Ok(read) => read,
             Err(error) => {
                 self.tally.reject(format!("resource {index}"), error.to_string());
@@ -261,12 +274,12 @@ impl<R: Iterator<Item = Result<Read, Rejection>>> Changes<'_, R> {
     }
 }
 
-impl<R: Iterator<Item = Result<Read, Rejection>>> Iterator for Changes<'_, R> {
+impl<R: Iterator<Item = Resource>> Iterator for Changes<'_, R> {
     type Item = Change;
 
     fn next(&mut self) -> Option<Change> {
-        while let Some(read) = self.resources.next() {
-            if let Some(change) = self.resource(read) {
+        while let Some(resource) = self.resources.next() {
+            if let Some(change) = self.resource(resource) {
                 return Some(change);
             }
         }

@@ -1,5 +1,5 @@
-//! Reads resources by themselves, apart from what is held: so that one thread can do it while
-//! another one takes over what was read.
+//! Reads resources by themselves, apart from what is held: so that the thread that receives them can
+//! do it as well as the one that takes them over.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use prost::Message;
 use super::decode::{Address, Decoder, Rejection};
 use super::frames::Part;
 use super::session::{Kind, Version};
-use super::wire::{Resource, Response, text};
+use super::wire::{self, Response, text};
 
 /// A resource that could be read at least so far that it has a name.
 #[derive(Debug)]
@@ -26,13 +26,31 @@ pub(super) struct Read {
     pub change: Result<Change, Rejection>,
 }
 
+/// A resource on its way to whoever takes it over, who reads it if nobody has.
+#[derive(Debug)]
+pub(super) enum Resource {
+    /// As it came.
+    Unread(Bytes),
+    Read(Result<Read, Rejection>),
+}
+
 /// What a large response brings.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "all but one are resources")]
 pub(super) enum Piece {
-    Resource(Result<Read, Rejection>),
+    Resource(Resource),
     /// All but the resources.
     End(Response),
+}
+
+impl Piece {
+    /// A part of a large response, unread; `None` of its beginning.
+    pub fn of(part: Part) -> Option<Self> {
+        match part {
+            Part::Begin(_) => None,
+            Part::Resource(resource) => Some(Self::Resource(Resource::Unread(resource))),
+            Part::End(rest) => Some(Self::End(rest)),
+        }
+    }
 }
 
 /// Reads one after the other, and keeps texts that many of them repeat only once.
@@ -48,18 +66,30 @@ impl Reader {
         Self { keeping: true, ..Self::default() }
     }
 
-    /// A part of a large response; `None` of its beginning.
-    pub fn piece(&mut self, part: Part) -> Option<Piece> {
-        match part {
-            Part::Begin(_) => None,
-            Part::Resource(resource) => Some(Piece::Resource(self.resource(resource))),
-            Part::End(rest) => Some(Piece::End(rest)),
+    /// One that gives the same and keeps texts of its own, for another thread.
+    pub fn alike(&self) -> Self {
+        Self { keeping: self.keeping, ..Self::default() }
+    }
+
+    /// The same piece with its resource read.
+    pub fn piece(&mut self, piece: Piece) -> Piece {
+        match piece {
+            Piece::Resource(resource) => Piece::Resource(Resource::Read(self.resource(resource))),
+            Piece::End(rest) => Piece::End(rest),
+        }
+    }
+
+    /// Reads a resource, unless that was done before.
+    pub fn resource(&mut self, resource: Resource) -> Result<Read, Rejection> {
+        match resource {
+            Resource::Unread(bytes) => self.encoded(bytes),
+            Resource::Read(read) => read,
         }
     }
 
     /// Reads an encoded `Resource`.
-    pub fn resource(&mut self, bytes: Bytes) -> Result<Read, Rejection> {
-        let Resource { version, payload, name, aliases } = Resource::decode(bytes)?;
+    fn encoded(&mut self, bytes: Bytes) -> Result<Read, Rejection> {
+        let wire::Resource { version, payload, name, aliases } = wire::Resource::decode(bytes)?;
         let (name, version) = (text("name", &name)?, Version::new(text("version", &version)?));
         let Some(payload) = payload else {
             let change = Err(Rejection::Missing("resource"));

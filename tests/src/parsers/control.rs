@@ -31,18 +31,18 @@ pub(super) fn address(bytes: &[u8]) {
     assert!(read.is_some() || decoded.is_err());
     match decoded {
         Ok(Address::Workload(workload)) => {
-            let snapshot = Snapshot::default().with([Change::Workload(workload.clone())]);
-            assert_eq!(snapshot.workload(&workload.uid).map(AsRef::as_ref), Some(&workload));
+            let snapshot = Snapshot::default().with([Change::workload(workload.clone())]);
+            assert_eq!(snapshot.workload(&workload.uid), Some(&workload));
             for ip in workload.addresses.iter().map(|ip| ip.to_canonical()) {
                 let found = snapshot.workload_at(&workload.network, ip);
                 let its_own = workload.network_mode == NetworkMode::Standard;
                 assert_eq!(found.is_some(), its_own, "{ip}");
             }
-            assert_eq!(emptied(&snapshot, Change::RemoveWorkload(workload.uid)), 0);
+            assert_eq!(emptied(&snapshot, Change::RemoveWorkload(workload.uid.clone())), 0);
         }
         Ok(Address::Service(service)) => {
-            let snapshot = Snapshot::default().with([Change::Service(service.clone())]);
-            assert_eq!(snapshot.service(&service.key()).map(AsRef::as_ref), Some(&service));
+            let snapshot = Snapshot::default().with([Change::service(service.clone())]);
+            assert_eq!(snapshot.service(&service.key()), Some(&service));
             for vip in &service.vips {
                 assert!(snapshot.service_at(&vip.network, vip.ip, None).is_some(), "{vip}");
             }

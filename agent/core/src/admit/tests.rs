@@ -115,12 +115,12 @@ fn a_waypoint_without_a_tunnel_takes_what_it_stands_before() {
     assert_eq!(line(&mesh, &local, "10.9.9.8:80"), dialled(80));
 
     let refused = "400 ip mismatch: 10.1.0.7 != 10.1.0.9";
-    let by_own_address = mesh.with([Change::Workload(bound(by_address("n1", "10.1.0.7")))]);
+    let by_own_address = mesh.with([Change::workload(bound(by_address("n1", "10.1.0.7")))]);
     assert_eq!(line(&by_own_address, &local, "10.1.0.9:8080"), dialled(8080));
     for elsewhere in
         [by_hostname("shop/api.shop"), by_hostname("shop/lost.shop"), by_address("n1", "10.1.0.9")]
     {
-        let mesh = mesh.with([Change::Workload(bound(elsewhere))]);
+        let mesh = mesh.with([Change::workload(bound(elsewhere))]);
         assert_eq!(line(&mesh, &local, "10.1.0.9:8080"), refused);
     }
 }
@@ -215,7 +215,7 @@ fn a_pod_that_calls_itself_is_dialled_from_its_own_address() {
 fn the_service_is_the_forwarded_or_the_first_that_leads_here() {
     let local = local().behind("shop/web.shop", &[(443, 9443)]);
     let web = service("shop", "web", &[], &[(443, 0), (80, 8080)]);
-    let mesh = mesh(&local).with([Change::Service(web)]);
+    let mesh = mesh(&local).with([Change::service(web)]);
     let named = |authority, forwarded| {
         let service = admitted(&mesh, &local, authority, forwarded).unwrap().service;
         service.map(|service| service.name.to_string()).unwrap_or_default()

@@ -201,7 +201,7 @@ mod waypoints {
             Service { waypoint: Some(by_hostname("shop/waypoint.shop")), ..via_service };
         let endpoint = local().behind("shop/api.shop", &[]);
         let snapshot =
-            mesh(endpoint, RequireWaypoint::EveryBound).with([Change::Service(via_service)]);
+            mesh(endpoint, RequireWaypoint::EveryBound).with([Change::service(via_service)]);
         assert_eq!(judge(&snapshot, &authenticated(FRONT)), refused("shop/waypoint.shop"));
         assert_eq!(judge(&snapshot, &authenticated(WAYPOINT)), Ok(()));
     }
@@ -212,7 +212,7 @@ mod waypoints {
             subject_alt_names: vec!["nonsense".into(), "spiffe://td/ns/far/sa/wp".into()],
             ..service("shop", "waypoint", &[], &[])
         };
-        let snapshot = mesh(bound(), RequireWaypoint::EveryBound).with([Change::Service(named)]);
+        let snapshot = mesh(bound(), RequireWaypoint::EveryBound).with([Change::service(named)]);
         assert_eq!(judge(&snapshot, &authenticated("td/ns/far/sa/wp")), Ok(()));
     }
 
@@ -227,7 +227,7 @@ mod waypoints {
             ..service("shop", "api", &[], &[])
         };
         let snapshot = mesh(lost.behind("shop/api.shop", &[]), RequireWaypoint::EveryBound)
-            .with([Change::Service(via_service)]);
+            .with([Change::service(via_service)]);
         assert_eq!(judge(&snapshot, &authenticated(WAYPOINT)), Ok(()));
         let both = refused("shop/lost.shop, shop/waypoint.shop");
         assert_eq!(judge(&snapshot, &authenticated(FRONT)), both);
@@ -255,13 +255,13 @@ mod waypoints {
         let alike = |changes: Vec<Change>| judges_alike(&before, &before.with(changes), uid);
         let other_waypoint = pod("shop", "wp2", &[]).behind("shop/waypoint.shop", &[]);
         assert!(alike(vec![]));
-        assert!(alike(vec![Change::Workload(pod("web", "front", &["10.2.0.3"]))]));
-        assert!(alike(vec![Change::Workload(bound())]));
-        assert!(!alike(vec![Change::Workload(other_waypoint)]));
+        assert!(alike(vec![Change::workload(pod("web", "front", &["10.2.0.3"]))]));
+        assert!(alike(vec![Change::workload(bound())]));
+        assert!(!alike(vec![Change::workload(other_waypoint)]));
         assert!(!alike(vec![Change::RemoveWorkload("c1//Pod/shop/wp".into())]));
         assert!(!alike(vec![Change::RequireWaypoint(RequireWaypoint::Nobody)]));
         assert!(!alike(vec![Change::Authorization(policy("x", "p", DENY, &[]))]));
-        assert!(!alike(vec![Change::Workload(naming(&["shop/p"]))]));
+        assert!(!alike(vec![Change::workload(naming(&["shop/p"]))]));
         assert!(!alike(vec![Change::RemoveWorkload(uid.into())]));
     }
 }

@@ -218,7 +218,7 @@ fn a_candidate_without_an_answer_leaves_the_name_to_others() {
 #[test]
 fn a_wildcard_of_an_earlier_alias_comes_before_a_later_alias() {
     let broad = service("shop", "*.svc.cluster.local", &["240.0.0.9"]);
-    let snapshot = mesh().with([Change::Service(broad)]);
+    let snapshot = mesh().with([Change::service(broad)]);
     let told_to = |name| told(&answer(&directory(&snapshot), &SHOP, name, Family::V4));
     assert_eq!(told_to("cart.shop.svc.cluster.local"), "10.96.0.1");
     assert_eq!(told_to("cart.svc.cluster.local"), "240.0.0.9");

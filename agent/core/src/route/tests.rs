@@ -38,13 +38,13 @@ fn mesh() -> Snapshot {
 fn changed_api(change: impl FnOnce(&mut Service)) -> Change {
     let mut api = Service::clone(mesh().service(&key(API)).unwrap());
     change(&mut api);
-    Change::Service(api)
+    Change::service(api)
 }
 
 fn changed_endpoint(change: impl FnOnce(&mut Workload)) -> Change {
     let mut endpoint = Workload::clone(mesh().workload("c1//Pod/shop/api").unwrap());
     change(&mut endpoint);
-    Change::Workload(endpoint)
+    Change::workload(endpoint)
 }
 
 fn run(
@@ -182,7 +182,7 @@ fn a_passthrough_service_is_no_waypoint_by_address() {
         ..service("shop", "waypoint", &["10.96.0.20"], &[(15008, 15008)])
     };
     let bound = changed_api(|s| s.waypoint = Some(by_address("n1", "10.96.0.20")));
-    let route = routes_to(vec![bound, Change::Service(passthrough)], "10.96.0.10:80");
+    let route = routes_to(vec![bound, Change::service(passthrough)], "10.96.0.10:80");
     assert!(route.starts_with("unknown waypoint: "), "{route}");
 }
 
@@ -295,7 +295,7 @@ mod other_networks {
 
     fn gateway() -> Vec<Change> {
         let gateway = Workload { network: "n2".into(), ..pod("gw", "ew", &["9.9.9.9"]) };
-        vec![Change::Workload(gateway)]
+        vec![Change::workload(gateway)]
     }
 
     fn remote_endpoint() -> Change {
@@ -338,7 +338,7 @@ mod other_networks {
             w.network_gateway = Some(by_hostname("gw/gate.gw"));
         });
         let changes =
-            vec![Change::Service(service), Change::Workload(gate), endpoint, named_api(None)];
+            vec![Change::service(service), Change::workload(gate), endpoint, named_api(None)];
         assert_eq!(
             routes_to(changes, "10.96.0.10:80"),
             "hbone 9.9.9.9:16008 api.shop:80 gw/named+gw/ew \
@@ -380,8 +380,8 @@ mod other_networks {
             ..service("shop", "waypoint", &["10.96.0.20"], &[(15008, 15008)])
         };
         let changes = [
-            Change::Workload(waypoint),
-            Change::Service(named),
+            Change::workload(waypoint),
+            Change::service(named),
             named_api(Some(by_hostname(WAYPOINT))),
         ];
         assert_eq!(
@@ -396,7 +396,7 @@ mod other_networks {
     fn a_remote_waypoint_needs_a_service_to_be_addressed() {
         let waypoint = Workload { network: "n2".into(), ..pod("shop", "wp", &["10.1.0.20"]) };
         let changes = [
-            Change::Workload(waypoint.behind(WAYPOINT, &[])),
+            Change::workload(waypoint.behind(WAYPOINT, &[])),
             changed_endpoint(|w| w.waypoint = Some(by_hostname(WAYPOINT))),
         ];
         assert_eq!(

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::batch::Net;
+use super::Job;
+use super::batch::Indexes;
+use super::members::{Joins, MemberIndex};
 use super::trie::{Kind, Step, Trie};
 use crate::addr::{NamespacedHostname, NetworkCidr};
 use crate::authorization::{Authorization, PolicyScope};
@@ -21,24 +23,58 @@ pub(super) struct WorkloadIndex {
     by_dns_name: Trie<Workload>,
 }
 
-impl WorkloadIndex {
-    pub fn apply(&mut self, net: &Net<Workload>) {
-        if net.is_empty() {
-            return;
-        }
-        let steps = net.steps(|workload| {
-            let (index, network) = (&self.by_address, &*workload.network);
-            distinct(addresses(workload)).map(move |ip| index.hash(&(network, *ip)))
-        });
-        self.by_address.apply(steps);
-        let steps =
-            net.steps(|workload| [self.by_pod_name.hash(&(&*workload.namespace, &*workload.name))]);
-        self.by_pod_name.apply(steps);
-        let steps = net.steps(|workload| {
+/// The steps of all that workloads are found by besides their uid.
+pub(super) struct WorkloadSteps<'a> {
+    index: &'a WorkloadIndex,
+    by_address: Vec<Step<Workload>>,
+    by_pod_name: Vec<Step<Workload>>,
+    by_dns_name: Vec<Step<Workload>>,
+    joins: Joins<'a>,
+}
+
+impl<'a> WorkloadSteps<'a> {
+    pub fn of(index: &'a WorkloadIndex, joins: Joins<'a>) -> Self {
+        let (by_address, by_pod_name, by_dns_name) = Default::default();
+        Self { index, by_address, by_pod_name, by_dns_name, joins }
+    }
+}
+
+impl Indexes<Workload> for WorkloadSteps<'_> {
+    fn add(&mut self, kind: Kind, uid: u64, value: &Arc<Workload>) {
+        let step = |hash| Step { hash, value: value.clone(), kind };
+        let (workload, index) = (&**value, self.index);
+        let at = |ip: &IpAddr| index.by_address.hash(&(&*workload.network, *ip));
+        self.by_address.extend(distinct(addresses(workload)).map(|ip| step(at(ip))));
+        let pod = (&*workload.namespace, &*workload.name);
+        self.by_pod_name.push(step(index.by_pod_name.hash(&pod)));
+        if !workload.hostname.is_empty() {
             let name = (&*workload.namespace, &*workload.hostname);
-            (!workload.hostname.is_empty()).then(|| self.by_dns_name.hash(&name))
-        });
-        self.by_dns_name.apply(steps);
+            self.by_dns_name.push(step(index.by_dns_name.hash(&name)));
+        }
+        for service in workload.services.keys() {
+            self.joins.add(service, step(uid));
+        }
+    }
+}
+
+impl WorkloadIndex {
+    /// What there is to do with the steps, in any order.
+    pub fn jobs<'a>(
+        &'a mut self,
+        by_uid: (&'a mut Trie<Workload>, Vec<Step<Workload>>),
+        members: &'a mut MemberIndex,
+        steps: WorkloadSteps<'a>,
+    ) -> [Job<'a>; 5] {
+        let (by_uid, uids) = by_uid;
+        let Self { by_address, by_pod_name, by_dns_name } = self;
+        let alike = Trie::empty_like(by_uid);
+        [
+            Box::new(move || members.apply(steps.joins, &alike)),
+            Box::new(move || by_uid.apply(uids)),
+            Box::new(move || by_address.apply(steps.by_address)),
+            Box::new(move || by_pod_name.apply(steps.by_pod_name)),
+            Box::new(move || by_dns_name.apply(steps.by_dns_name)),
+        ]
     }
 
     pub fn at<'a>(&'a self, network: &str, ip: IpAddr) -> impl Iterator<Item = &'a Arc<Workload>> {
@@ -92,24 +128,51 @@ pub(super) struct ServiceIndex {
     by_fixed_endpoint: Trie<Service>,
 }
 
-impl ServiceIndex {
-    pub fn apply(&mut self, net: &Net<Service>) {
-        if net.is_empty() {
-            return;
+/// The steps of all that services are found by besides their key.
+pub(super) struct ServiceSteps<'a> {
+    index: &'a ServiceIndex,
+    by_vip: Vec<Step<Service>>,
+    by_cidr: Vec<Step<Service>>,
+    lengths: Vec<(Kind, (bool, u8))>,
+    by_hostname: Vec<Step<Service>>,
+    by_fixed_endpoint: Vec<Step<Service>>,
+}
+
+impl<'a> ServiceSteps<'a> {
+    pub fn of(index: &'a ServiceIndex) -> Self {
+        let (by_vip, by_cidr, lengths) = Default::default();
+        let (by_hostname, by_fixed_endpoint) = Default::default();
+        Self { index, by_vip, by_cidr, lengths, by_hostname, by_fixed_endpoint }
+    }
+}
+
+impl Indexes<Service> for ServiceSteps<'_> {
+    fn add(&mut self, kind: Kind, _: u64, value: &Arc<Service>) {
+        let step = |hash| Step { hash, value: value.clone(), kind };
+        let (service, index) = (&**value, self.index);
+        let vips = distinct(&service.vips);
+        let vips = vips.map(|vip| index.by_vip.hash(&(&*vip.network, vip.ip)));
+        self.by_vip.extend(vips.map(step));
+        for NetworkCidr { network, cidr } in ranges(service) {
+            self.by_cidr.push(step(index.by_cidr.hash(&(&*network, cidr))));
+            self.lengths.push((kind, (cidr.addr().is_ipv6(), cidr.prefix_len())));
         }
-        let steps = net.steps(|service| {
-            distinct(&service.vips).map(|vip| self.by_vip.hash(&(&*vip.network, vip.ip)))
-        });
-        self.by_vip.apply(steps);
-        let hash = |range: NetworkCidr| self.by_cidr.hash(&(&*range.network, range.cidr));
-        let steps = net.steps(|service| ranges(service).into_iter().map(hash));
-        self.by_cidr.apply(steps);
-        self.count_lengths(net);
-        let steps = net.steps(|service| [self.by_hostname.hash(&*service.hostname)]);
-        self.by_hostname.apply(steps);
-        let hash = |uid: &Arc<str>| self.by_fixed_endpoint.hash(&**uid);
-        let steps = net.steps(|service| service.fixed_endpoints.keys().map(hash));
-        self.by_fixed_endpoint.apply(steps);
+        self.by_hostname.push(step(index.by_hostname.hash(&*service.hostname)));
+        let endpoints = service.fixed_endpoints.keys();
+        let endpoints = endpoints.map(|uid| index.by_fixed_endpoint.hash(&**uid));
+        self.by_fixed_endpoint.extend(endpoints.map(step));
+    }
+}
+
+impl ServiceIndex {
+    pub fn apply(&mut self, steps: ServiceSteps<'_>) {
+        self.by_vip.apply(steps.by_vip);
+        self.by_cidr.apply(steps.by_cidr);
+        self.by_hostname.apply(steps.by_hostname);
+        self.by_fixed_endpoint.apply(steps.by_fixed_endpoint);
+        if !steps.lengths.is_empty() {
+            self.count_lengths(steps.lengths);
+        }
     }
 
     pub fn at<'a>(
@@ -156,18 +219,15 @@ impl ServiceIndex {
             .matching(hash, move |service| service.fixed_endpoints.contains_key(uid))
     }
 
-    fn count_lengths(&mut self, net: &Net<Service>) {
-        for Step { value, kind, .. } in net.all() {
-            for range in ranges(value) {
-                let key = (range.cidr.addr().is_ipv6(), range.cidr.prefix_len());
-                let lengths = Arc::make_mut(&mut self.lengths);
-                let count = lengths.entry(key).or_default();
-                match kind {
-                    Kind::Insert => *count += 1,
-                    Kind::Remove if *count > 1 => *count -= 1,
-                    Kind::Remove => {
-                        lengths.remove(&key);
-                    }
+    fn count_lengths(&mut self, steps: Vec<(Kind, (bool, u8))>) {
+        let lengths = Arc::make_mut(&mut self.lengths);
+        for (kind, key) in steps {
+            let count = lengths.entry(key).or_default();
+            match kind {
+                Kind::Insert => *count += 1,
+                Kind::Remove if *count > 1 => *count -= 1,
+                Kind::Remove => {
+                    lengths.remove(&key);
                 }
             }
         }
@@ -194,26 +254,48 @@ pub(super) struct PolicyIndex {
     by_namespace: Trie<Authorization>,
 }
 
+/// The steps of all that policies are found by besides their key.
+pub(super) struct PolicySteps<'a> {
+    index: &'a PolicyIndex,
+    global: Vec<(Kind, Arc<Authorization>)>,
+    by_namespace: Vec<Step<Authorization>>,
+}
+
+impl<'a> PolicySteps<'a> {
+    pub fn of(index: &'a PolicyIndex) -> Self {
+        let (global, by_namespace) = Default::default();
+        Self { index, global, by_namespace }
+    }
+}
+
+impl Indexes<Authorization> for PolicySteps<'_> {
+    fn add(&mut self, kind: Kind, _: u64, value: &Arc<Authorization>) {
+        match value.scope {
+            PolicyScope::Global => self.global.push((kind, value.clone())),
+            PolicyScope::Namespace => {
+                let hash = self.index.by_namespace.hash(&*value.namespace);
+                self.by_namespace.push(Step { hash, value: value.clone(), kind });
+            }
+            PolicyScope::WorkloadSelector => {}
+        }
+    }
+}
+
 impl PolicyIndex {
-    /// `net` has the hashes of `by_key`.
-    pub fn apply(&mut self, net: &Net<Authorization>) {
-        if net.is_empty() {
+    pub fn apply(&mut self, by_key: Vec<Step<Authorization>>, steps: PolicySteps<'_>) {
+        self.by_key.apply(by_key);
+        self.by_namespace.apply(steps.by_namespace);
+        if steps.global.is_empty() {
             return;
         }
-        self.by_key.apply(net.all().collect());
-        let is_global = |policy: &&Arc<Authorization>| policy.scope == PolicyScope::Global;
-        let stays = |policy: &&Arc<Authorization>| {
-            !net.removed.iter().any(|(_, removed)| Arc::ptr_eq(removed, policy))
-        };
-        let added = net.added.iter().map(|(_, policy)| policy).filter(is_global);
-        if added.clone().next().is_some() || !self.global.iter().all(|policy| stays(&policy)) {
-            self.global = self.global.iter().filter(stays).chain(added).cloned().collect();
+        let mut global = self.global.to_vec();
+        for (kind, policy) in steps.global {
+            match kind {
+                Kind::Insert => global.push(policy),
+                Kind::Remove => global.retain(|other| !Arc::ptr_eq(other, &policy)),
+            }
         }
-        let steps = net.steps(|policy| match policy.scope {
-            PolicyScope::Namespace => Some(self.by_namespace.hash(&*policy.namespace)),
-            PolicyScope::Global | PolicyScope::WorkloadSelector => None,
-        });
-        self.by_namespace.apply(steps);
+        self.global = global.into();
     }
 
     pub fn of_namespace<'a>(

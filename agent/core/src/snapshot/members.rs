@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, OnceLock};
 
-use super::batch::Net;
+use hashbrown::HashTable;
+
 use super::trie::{Kind, Step, Trie};
 use crate::addr::NamespacedHostname;
 use crate::workload::Workload;
@@ -29,50 +30,67 @@ pub struct Roster {
     pub heaviest: u32,
 }
 
-impl MemberIndex {
-    /// `net` has the hashes of `by_uid`.
-    pub fn apply(&mut self, net: &Net<Workload>, by_uid: &Trie<Workload>) {
-        let mut joins: Vec<(u64, &NamespacedHostname, Step<'_, Workload>)> = Vec::new();
-        for Step { hash, value, kind } in net.all() {
-            joins.extend(
-                value
-                    .services
-                    .keys()
-                    .map(|service| (self.0.hash(service), service, Step { hash, value, kind })),
-            );
-        }
-        // Stable: what goes is before what comes.
-        joins.sort_by_key(|(hash, ..)| *hash);
-        let mut changes: Vec<MembersChange<'_>> = Vec::new();
-        for (hash, service, step) in joins {
-            // Services of one hash may alternate.
-            let mut recent = changes.iter_mut().rev().take_while(|change| change.hash == hash);
-            match recent.find(|change| change.service == service) {
-                Some(change) => change.steps.push(step),
-                None => {
-                    let old = self.members_of(service).cloned();
-                    changes.push(MembersChange { hash, service, old, steps: vec![step] });
-                }
+/// What happens to the members of services, by service.
+pub(super) struct Joins<'a> {
+    index: &'a MemberIndex,
+    changes: Vec<MembersChange>,
+    /// Places in `changes`.
+    by_service: HashTable<u32>,
+}
+
+/// What happens to the members of one service.
+struct MembersChange {
+    hash: u64,
+    service: NamespacedHostname,
+    /// With the hashes of uids.
+    steps: Vec<Step<Workload>>,
+}
+
+impl<'a> Joins<'a> {
+    pub fn of(index: &'a MemberIndex) -> Self {
+        Self { index, changes: Vec::new(), by_service: HashTable::new() }
+    }
+
+    /// `step` has the hash of the workload's uid.
+    pub fn add(&mut self, service: &NamespacedHostname, step: Step<Workload>) {
+        let hash = self.index.0.hash(service);
+        let changes = &mut self.changes;
+        let is_it = |place: &u32| {
+            let change = changes.get(*place as usize);
+            change.is_some_and(|it| it.hash == hash && it.service == *service)
+        };
+        let known = self.by_service.find(hash, is_it).map(|place| *place as usize);
+        match known.and_then(|place| changes.get_mut(place)) {
+            Some(change) => change.steps.push(step),
+            None => {
+                let place = changes.len() as u32;
+                changes.push(MembersChange { hash, service: service.clone(), steps: vec![step] });
+                let hash_of = |place: &u32| changes.get(*place as usize).map_or(0, |it| it.hash);
+                self.by_service.insert_unique(hash, place, hash_of);
             }
         }
-        let mut all = Vec::with_capacity(changes.len());
-        for MembersChange { hash, service, old, steps } in changes {
+    }
+}
+
+impl MemberIndex {
+    /// `alike` hashes uids as `joins` did.
+    pub fn apply(&mut self, joins: Joins<'_>, alike: &Trie<Workload>) {
+        let mut steps = Vec::with_capacity(joins.changes.len());
+        for MembersChange { hash, service, steps: joining } in joins.changes {
+            let old = self.members_of(&service).cloned();
             let mut workloads = match &old {
                 Some(members) => members.workloads.clone(),
-                None => Trie::empty_like(by_uid),
+                None => Trie::empty_like(alike),
             };
-            workloads.apply(steps);
-            let service = service.clone();
-            let new = (workloads.len() > 0)
-                .then(|| Arc::new(Members { service, workloads, roster: OnceLock::new() }));
-            all.push((hash, old, new));
+            workloads.apply(joining);
+            let old = old.map(|value| Step { hash, value, kind: Kind::Remove });
+            steps.extend(old);
+            if workloads.len() > 0 {
+                let value = Arc::new(Members { service, workloads, roster: OnceLock::new() });
+                steps.push(Step { hash, value, kind: Kind::Insert });
+            }
         }
-        let steps = all.iter().flat_map(|(hash, old, new)| {
-            let removed = old.iter().map(|value| Step { hash: *hash, value, kind: Kind::Remove });
-            let added = new.iter().map(|value| Step { hash: *hash, value, kind: Kind::Insert });
-            removed.chain(added)
-        });
-        self.0.apply(steps.collect());
+        self.0.apply(steps);
     }
 
     pub fn of<'a>(
@@ -108,12 +126,4 @@ impl MemberIndex {
     fn members_of(&self, service: &NamespacedHostname) -> Option<&Arc<Members>> {
         self.0.find(self.0.hash(service), |members| members.service == *service)
     }
-}
-
-/// What happens to the members of one service.
-struct MembersChange<'a> {
-    hash: u64,
-    service: &'a NamespacedHostname,
-    old: Option<Arc<Members>>,
-    steps: Vec<Step<'a, Workload>>,
 }

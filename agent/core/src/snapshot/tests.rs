@@ -36,18 +36,18 @@ fn endpoint(name: &str) -> Workload {
 
 #[test]
 fn endpoints_need_no_order_of_arrival() {
-    let workload = Snapshot::default().with([Change::Workload(endpoint("a"))]);
-    let both = workload.with([Change::Service(api())]);
+    let workload = Snapshot::default().with([Change::workload(endpoint("a"))]);
+    let both = workload.with([Change::service(api())]);
     assert_eq!(endpoints(&both), ["a"]);
     let again = both
         .with([Change::RemoveService(key("shop/api.shop"))])
-        .with([Change::Workload(endpoint("b"))])
-        .with([Change::Service(api())]);
+        .with([Change::workload(endpoint("b"))])
+        .with([Change::service(api())]);
     assert_eq!(endpoints(&again), ["a", "b"]);
     let less = again.with([Change::RemoveWorkload("c1//Pod/shop/a".into())]);
     assert_eq!(endpoints(&less), ["b"]);
     assert_eq!(endpoints(&again), ["a", "b"]);
-    let left = less.with([Change::Workload(pod("shop", "b", &["10.1.0.7"]))]);
+    let left = less.with([Change::workload(pod("shop", "b", &["10.1.0.7"]))]);
     assert_eq!(endpoints(&left), [""; 0]);
 }
 
@@ -63,11 +63,11 @@ fn a_large_step_equals_many_small_ones() {
     let service = |number: usize| {
         service("shop", &format!("s{number}"), &[&format!("10.96.0.{number}")], &[(80, 80)])
     };
-    let mut first: Vec<Change> = (0..100).map(|number| Change::Service(service(number))).collect();
-    first.extend((0..WORTH_A_THREAD).map(|number| Change::Workload(workload(number, 1))));
+    let mut first: Vec<Change> = (0..100).map(|number| Change::service(service(number))).collect();
+    first.extend((0..WORTH_A_THREAD).map(|number| Change::workload(workload(number, 1))));
     let second = (0..WORTH_A_THREAD).map(|number| match number % 8 {
         0 => Change::RemoveWorkload(workload(number, 1).uid),
-        _ => Change::Workload(workload(number, 2)),
+        _ => Change::workload(workload(number, 2)),
     });
     let second: Vec<Change> = second.collect();
     let large = Snapshot::default().with(first.clone()).with(second.clone());
@@ -96,6 +96,31 @@ fn a_large_step_equals_many_small_ones() {
 }
 
 #[test]
+fn what_goes_and_comes_back_within_a_step_is_there_once() {
+    let (workload, service) = (Arc::new(endpoint("a")), api());
+    let before = snapshot([endpoint("a")], [api()]).with([Change::workload(workload.clone())]);
+    let other = Workload { status: Health::Unhealthy, ..endpoint("a") };
+    let steps = [
+        Change::RemoveWorkload(workload.uid.clone()),
+        Change::workload(other.clone()),
+        Change::RemoveWorkload(workload.uid.clone()),
+        Change::workload(workload.clone()),
+        Change::RemoveService(service.key()),
+        Change::service(service.clone()),
+    ];
+    let now = before.with(steps.clone());
+    assert_eq!((now.workload_count(), now.service_count()), (1, 1));
+    assert_eq!(now.workload(&workload.uid), Some(&workload));
+    assert_eq!(now.workload_at("n1", workload.addresses[0]), Some(&workload));
+    assert_eq!(now.workloads_of_pod("shop", "a").count(), 1);
+    assert_eq!(now.declared_count(&service), 1);
+    assert_eq!(endpoints(&now), ["a"]);
+    let gone = now.with(steps.into_iter().take(3));
+    assert_eq!((gone.workload_count(), gone.declared_count(&service)), (0, 0));
+    assert_eq!(gone.workload_at("n1", workload.addresses[0]), None);
+}
+
+#[test]
 fn unhealthy_endpoints_return_with_their_health_or_policy() {
     let sick = Workload { status: Health::Unhealthy, ..endpoint("a") };
     let all = LoadBalancer {
@@ -106,8 +131,8 @@ fn unhealthy_endpoints_return_with_their_health_or_policy() {
     let snapshot = snapshot([sick], [api()]);
     assert_eq!(endpoints(&snapshot), [""; 0]);
     assert_eq!(snapshot.members(snapshot.service(&key("shop/api.shop")).unwrap()).count(), 1);
-    assert_eq!(endpoints(&snapshot.with([Change::Service(lenient)])), ["a"]);
-    assert_eq!(endpoints(&snapshot.with([Change::Workload(endpoint("a"))])), ["a"]);
+    assert_eq!(endpoints(&snapshot.with([Change::service(lenient)])), ["a"]);
+    assert_eq!(endpoints(&snapshot.with([Change::workload(endpoint("a"))])), ["a"]);
 }
 
 #[test]
@@ -130,7 +155,7 @@ fn fixed_endpoints_join_the_declared_ones_whatever_their_health() {
     };
     assert_eq!(ports(&snapshot), [("a".to_owned(), 8080), ("b".to_owned(), 9999)]);
     assert_eq!(snapshot.services_of(&other).count(), 1);
-    let snapshot = snapshot.with([Change::Workload(sick(endpoint("a")))]);
+    let snapshot = snapshot.with([Change::workload(sick(endpoint("a")))]);
     assert_eq!(ports(&snapshot), [("a".to_owned(), 9999), ("b".to_owned(), 9999)]);
     assert_eq!(snapshot.members(&service).count(), 2);
 }
@@ -282,7 +307,7 @@ fn only_a_changed_policy_ends_sharing() {
     let same = before.with([
         Change::Authorization(policy("a", "p", Action::Deny, &["N=web"])),
         Change::RemoveAuthorization("a/unknown".into()),
-        Change::Workload(endpoint("a")),
+        Change::workload(endpoint("a")),
     ]);
     assert!(same.shares_policies_with(&before));
     let other = same.with([Change::Authorization(policy("a", "p", Action::Deny, &["N=x"]))]);
@@ -435,9 +460,9 @@ fn any_change() -> impl Strategy<Value = Change> {
     let policy_key = (one_of(&NAMESPACES), 0..3u8)
         .prop_map(|(namespace, name)| Arc::from(format!("{namespace}/p{name}")));
     prop_oneof![
-        4 => any_workload().prop_map(Change::Workload),
+        4 => any_workload().prop_map(Change::workload),
         2 => (0..6u8).prop_map(|number| Change::RemoveWorkload(uid(number).into())),
-        4 => any_service().prop_map(Change::Service),
+        4 => any_service().prop_map(Change::service),
         2 => service_key.prop_map(Change::RemoveService),
         2 => any_policy().prop_map(Change::Authorization),
         1 => policy_key.prop_map(Change::RemoveAuthorization),

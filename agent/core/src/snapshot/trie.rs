@@ -9,6 +9,7 @@
 use std::fmt;
 use std::hash::{BuildHasher, Hash};
 use std::sync::Arc;
+use std::vec;
 
 use hashbrown::DefaultHashBuilder;
 
@@ -38,11 +39,18 @@ struct Entry<T> {
     value: Arc<T>,
 }
 
-/// One of the changes that are applied together.
+impl<T> Clone for Entry<T> {
+    fn clone(&self) -> Self {
+        Self { hash: self.hash, value: self.value.clone() }
+    }
+}
+
+/// One of the changes that are applied together. It holds its value, whose holders are thus counted
+/// while it is at hand, and not when very many are applied.
 #[derive(Debug)]
-pub(super) struct Step<'a, T> {
+pub(super) struct Step<T> {
     pub hash: u64,
-    pub value: &'a Arc<T>,
+    pub value: Arc<T>,
     pub kind: Kind,
 }
 
@@ -98,12 +106,13 @@ impl<T> Trie<T> {
         found.map(|entry| &entry.value)
     }
 
-    /// Removals first, then insertions in their order.
-    pub fn apply(&mut self, mut steps: Vec<Step<'_, T>>) {
+    /// Applies all in their order.
+    pub fn apply(&mut self, mut steps: Vec<Step<T>>) {
         if !steps.is_empty() {
             // Stable: what has one key stays in order.
             steps.sort_by_key(|step| step.hash);
-            apply(&mut self.root, 0, &steps, &mut self.len);
+            let count = steps.len();
+            apply(&mut self.root, 0, &mut steps.into_iter(), count, &mut self.len);
         }
     }
 
@@ -128,60 +137,72 @@ fn branch(hash: u64, shift: u32) -> usize {
     (hash << shift >> (u64::BITS - BITS)) as usize
 }
 
-/// `steps` are those that belong below `node`, in the order of their hashes.
-fn apply<T>(node: &mut Node<T>, shift: u32, steps: &[Step<'_, T>], len: &mut usize) {
+/// The next `count` of `steps` are those that belong below `node`, in the order of their hashes.
+fn apply<T>(
+    node: &mut Node<T>,
+    shift: u32,
+    steps: &mut vec::IntoIter<Step<T>>,
+    count: usize,
+    len: &mut usize,
+) {
     match node {
         Node::Leaf(entries) => {
-            let mut next: Vec<(u64, &Arc<T>)> = Vec::with_capacity(entries.len() + steps.len());
-            let kept = entries.iter().filter(|entry| !is_removed(entry, steps));
-            next.extend(kept.map(|entry| (entry.hash, &entry.value)));
-            let inserted = steps.iter().filter(|step| step.kind == Kind::Insert);
-            next.extend(inserted.map(|step| (step.hash, step.value)));
-            next.sort_by_key(|(hash, _)| *hash);
+            let next = merged(entries, steps.by_ref().take(count));
             *len = *len + next.len() - entries.len();
-            let built = build(&next, shift);
-            *node = built;
+            let count = next.len();
+            *node = build(&mut next.into_iter(), count, shift);
         }
         Node::Branch(children) => {
             let children = Arc::make_mut(children);
-            let mut rest = steps;
-            while let Some(first) = rest.first() {
-                let index = branch(first.hash, shift);
+            let mut left = count;
+            while left > 0 {
+                let rest = steps.as_slice().get(..left).unwrap_or_default();
+                let Some(index) = rest.first().map(|step| branch(step.hash, shift)) else { return };
                 let own = rest.partition_point(|step| branch(step.hash, shift) <= index);
-                let (own, others) = rest.split_at(own);
-                apply(&mut children[index], shift + BITS, own, len);
-                rest = others;
+                apply(&mut children[index], shift + BITS, steps, own, len);
+                left -= own;
             }
         }
     }
 }
 
-fn is_removed<T>(entry: &Entry<T>, steps: &[Step<'_, T>]) -> bool {
-    let from = steps.partition_point(|step| step.hash < entry.hash);
-    let same_hash = steps.iter().skip(from).take_while(|step| step.hash == entry.hash);
-    let mut removals = same_hash.filter(|step| step.kind == Kind::Remove);
-    removals.any(|step| Arc::ptr_eq(step.value, &entry.value))
-}
-
-/// From all entries below one node, in the order of their hashes.
-fn build<T>(entries: &[(u64, &Arc<T>)], shift: u32) -> Node<T> {
-    match entries {
-        [] => Node::Leaf(Arc::default()),
-        several if several.len() > LEAF_ENTRIES && shift < u64::BITS => {
-            let mut rest = several;
-            Node::Branch(Arc::new(std::array::from_fn(|index| {
-                let own = rest.partition_point(|(hash, _)| branch(*hash, shift) <= index);
-                let (own, others) = rest.split_at(own);
-                rest = others;
-                build(own, shift + BITS)
-            })))
-        }
-        few => {
-            let entry =
-                |(hash, value): &(u64, &Arc<T>)| Entry { hash: *hash, value: Arc::clone(value) };
-            Node::Leaf(few.iter().map(entry).collect())
+/// What becomes of `entries`; both are in the order of their hashes, and so is this.
+fn merged<T>(entries: &[Entry<T>], steps: impl ExactSizeIterator<Item = Step<T>>) -> Vec<Entry<T>> {
+    let mut next: Vec<Entry<T>> = Vec::with_capacity(entries.len() + steps.len());
+    let mut rest = entries;
+    for Step { hash, value, kind } in steps {
+        let (before, after) = rest.split_at(rest.partition_point(|entry| entry.hash <= hash));
+        next.extend_from_slice(before);
+        rest = after;
+        match kind {
+            Kind::Insert => next.push(Entry { hash, value }),
+            Kind::Remove => {
+                let mut same_hash = next.iter().rev().take_while(|entry| entry.hash == hash);
+                if let Some(place) = same_hash.position(|entry| Arc::ptr_eq(&entry.value, &value)) {
+                    next.remove(next.len() - 1 - place);
+                }
+            }
         }
     }
+    next.extend_from_slice(rest);
+    next
+}
+
+/// From the next `count` of `entries`, which are all below one node, in the order of their hashes.
+fn build<T>(entries: &mut vec::IntoIter<Entry<T>>, count: usize, shift: u32) -> Node<T> {
+    if count == 0 {
+        return Node::Leaf(Arc::default());
+    }
+    if count <= LEAF_ENTRIES || shift >= u64::BITS {
+        return Node::Leaf(entries.by_ref().take(count).collect());
+    }
+    let mut left = count;
+    Node::Branch(Arc::new(std::array::from_fn(|index| {
+        let rest = entries.as_slice().get(..left).unwrap_or_default();
+        let own = rest.partition_point(|entry| branch(entry.hash, shift) <= index);
+        left -= own;
+        build(entries, own, shift + BITS)
+    })))
 }
 
 impl<T> Clone for Node<T> {

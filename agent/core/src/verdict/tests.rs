@@ -40,7 +40,7 @@ fn endpoint(snapshot: &Snapshot, number: usize, change: impl FnOnce(&mut Workloa
     let uid = format!("c1//Pod/shop/api-{number}");
     let mut workload = Workload::clone(snapshot.workload(&uid).unwrap());
     change(&mut workload);
-    Change::Workload(workload)
+    Change::workload(workload)
 }
 
 fn enrolled(names: &[&str]) -> Enrolled {
@@ -147,8 +147,8 @@ fn waypoints_and_application_tunnels_are_asked_for() {
     let here = enrolled(&["shop/api-0", "shop/wp"]);
     let waypoint = pod("shop", "wp", &["10.1.0.99"]).behind("shop/wp.shop", &[]);
     let waypoint = [
-        Change::Workload(waypoint),
-        Change::Service(service("shop", "wp", &["10.96.0.20"], &[(15008, 15008)])),
+        Change::workload(waypoint),
+        Change::service(service("shop", "wp", &["10.96.0.20"], &[(15008, 15008)])),
     ];
     let mesh = mesh.with(waypoint);
     let bound =
@@ -159,7 +159,7 @@ fn waypoints_and_application_tunnels_are_asked_for() {
     assert_eq!(line(verdict(&demanded, &here, "10.96.0.10:80")), refused);
     let mut api = Service::clone(mesh.service(&key(API)).unwrap());
     api.waypoint = Some(by_hostname("shop/wp.shop"));
-    let served = mesh.with([Change::Service(api)]);
+    let served = mesh.with([Change::service(api)]);
     assert_eq!(line(verdict(&served, &here, "10.96.0.10:80")), AWAY);
     let protocol = ApplicationTunnelProtocol::Proxy;
     let tunnelled = Some(ApplicationTunnel { protocol, port: None });
@@ -368,9 +368,9 @@ fn any_policy() -> impl Strategy<Value = Authorization> {
 fn any_change() -> impl Strategy<Value = Change> {
     let require = prop::sample::select(vec![RequireWaypoint::Nobody, RequireWaypoint::EveryBound]);
     prop_oneof![
-        any_pod().prop_map(Change::Workload),
+        any_pod().prop_map(Change::workload),
         (0..6u8).prop_map(|it| Change::RemoveWorkload(format!("c1//Pod/ns/p{it}").into())),
-        any_service().prop_map(Change::Service),
+        any_service().prop_map(Change::service),
         (0..3u8).prop_map(|it| Change::RemoveService(key(&format!("ns/s{it}.ns")))),
         any_policy().prop_map(Change::Authorization),
         (0..3u8).prop_map(|it| Change::RemoveAuthorization(format!("ns/a{it}").into())),

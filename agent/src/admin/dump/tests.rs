@@ -120,14 +120,14 @@ fn certificate(pem: &str, serial: &str) -> Certificate {
 fn the_dump_that_istioctl_reads_has_exactly_its_shape() {
     let state = Fixed::default();
     *state.snapshot.lock() = Snapshot::default().with([
-        Change::Workload(api_workload()),
-        Change::Service(service(
+        Change::workload(api_workload()),
+        Change::service(service(
             "waypoint",
             "10.96.0.20",
             [(15008, 15008)].into(),
             IpFamilies::Automatic,
         )),
-        Change::Service(api_service()),
+        Change::service(api_service()),
         Change::Authorization(policy(Match {
             principals: vec![StringMatch::Exact("cluster.local/ns/web/sa/front".into())],
             ..Match::default()
@@ -301,7 +301,7 @@ fn what_is_set_is_shown() {
         fixed_endpoints: [("gone".into(), [(80, 8081)].into())].into(),
         ..api_service()
     };
-    let dump = dumped_mesh(vec![Change::Workload(workload), Change::Service(service)]);
+    let dump = dumped_mesh(vec![Change::workload(workload), Change::service(service)]);
     let workload = &dump["workloads"][0];
     let gateway = json!({"destination": "net/10.96.0.20", "hboneMtlsPort": 15008});
     for (key, value) in [
@@ -367,7 +367,7 @@ fn keys_of_the_dump_stand_in_alphabetical_order() {
 
 #[test]
 fn endpoints_without_their_service_are_staged() {
-    let dump = dumped_mesh(vec![Change::Workload(api_workload())]);
+    let dump = dumped_mesh(vec![Change::workload(api_workload())]);
     let uid = "c1//Pod/shop/api-5c6b";
     assert_eq!(
         dump["stagedServices"],
@@ -382,7 +382,7 @@ fn the_file_is_shown_as_it_is_now_and_empty_when_it_cannot_be_read() {
     let empty = json!({"policies": [], "services": [], "workloads": []});
     assert_eq!(dumped(Fixed::default())["staticConfig"], empty);
     let state = Fixed::default();
-    let file = Snapshot::default().with([Change::Workload(api_workload())]);
+    let file = Snapshot::default().with([Change::workload(api_workload())]);
     *state.file.lock() = Some(file);
     let dump = dumped(state);
     assert_eq!(dump["staticConfig"]["workloads"][0]["name"], "api-5c6b");

@@ -38,7 +38,7 @@ fn workload(uid: &str, account: &str, node: &str) -> Workload {
 }
 
 fn add(uid: &str, account: &str, node: &str) -> Change {
-    Change::Workload(workload(uid, account, node))
+    Change::workload(workload(uid, account, node))
 }
 
 fn remove(uid: &str) -> Change {
@@ -78,8 +78,8 @@ fn only_mesh_workloads_of_this_node_count() {
     let native = Workload { native_tunnel: true, uid: "n".into(), ..plain.clone() };
     let native = Workload { service_account: "native".into(), ..native };
     let changes = [
-        Change::Workload(plain),
-        Change::Workload(native),
+        Change::workload(plain),
+        Change::workload(native),
         add("o", "other", "n2"),
         add("e", "e", ""),
     ];
@@ -94,7 +94,7 @@ fn change_of_account_node_or_protocol_moves_the_identity() {
     assert_eq!(local.step(&[add("1", "y", "n2")]), due(&[], &["y"]));
     assert_eq!(local.step(&[add("1", "y", "n1")]), due(&["y"], &[]));
     let plain = Workload { tunnel_protocol: TunnelProtocol::None, ..workload("1", "y", "n1") };
-    assert_eq!(local.step(&[Change::Workload(plain)]), due(&[], &["y"]));
+    assert_eq!(local.step(&[Change::workload(plain)]), due(&[], &["y"]));
 }
 
 #[test]

@@ -13,12 +13,11 @@ pub(super) struct Address {
 }
 
 #[derive(Clone, PartialEq, prost::Oneof)]
-#[expect(clippy::large_enum_variant, reason = "nearly all are workloads")]
 pub(super) enum Type {
-    #[prost(message, tag = "1")]
-    Workload(Workload),
-    #[prost(message, tag = "2")]
-    Service(proto::Service),
+    #[prost(message, boxed, tag = "1")]
+    Workload(Box<Workload>),
+    #[prost(message, boxed, tag = "2")]
+    Service(Box<proto::Service>),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -59,9 +58,9 @@ pub(super) struct Workload {
     pub native_tunnel: bool,
     #[prost(message, optional, tag = "23")]
     pub application_tunnel: Option<proto::ApplicationTunnel>,
-    /// The entries of a map.
-    #[prost(message, repeated, tag = "22")]
-    pub services: Vec<Membership>,
+    /// The entries of a map, each an encoded [`Membership`].
+    #[prost(bytes = "bytes", repeated, tag = "22")]
+    pub services: Vec<Bytes>,
     #[prost(bytes = "bytes", repeated, tag = "16")]
     pub authorization_policies: Vec<Bytes>,
     #[prost(int32, tag = "17")]

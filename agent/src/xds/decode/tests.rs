@@ -21,14 +21,14 @@ fn decode(address: Type) -> Result<Address, Rejection> {
 
 fn workload(raw: proto::Workload) -> Result<Workload, Rejection> {
     match decode(Type::Workload(raw))? {
-        Address::Workload(workload) => Ok(workload),
+        Address::Workload(workload) => Ok(Arc::unwrap_or_clone(workload)),
         Address::Service(service) => panic!("{service:?}"),
     }
 }
 
 fn service(raw: proto::Service) -> Result<Service, Rejection> {
     match decode(Type::Service(raw))? {
-        Address::Service(service) => Ok(service),
+        Address::Service(service) => Ok(Arc::unwrap_or_clone(service)),
         Address::Workload(workload) => panic!("{workload:?}"),
     }
 }
@@ -64,6 +64,7 @@ fn what_is_no_text_rejects_the_workload() {
     let bad = || Bytes::from_static(b"w\xff");
     let named = || raw::Workload { uid: Bytes::from_static(b"u"), ..Default::default() };
     let region = raw::Locality { region: bad(), ..Default::default() };
+    let membership = raw::Membership { service: bad(), ports: None };
     for (field, workload) in [
         ("uid", raw::Workload { uid: bad(), ..named() }),
         ("node", raw::Workload { node: bad(), ..named() }),
@@ -73,17 +74,48 @@ fn what_is_no_text_rejects_the_workload() {
         ),
         (
             "services",
-            raw::Workload {
-                services: vec![raw::Membership { service: bad(), ports: None }],
-                ..named()
-            },
+            raw::Workload { services: vec![membership.encode_to_vec().into()], ..named() },
         ),
         ("locality", raw::Workload { locality: Some(region), ..named() }),
     ] {
-        let address = raw::Address { r#type: Some(raw::Type::Workload(workload)) };
+        let address = raw::Address { r#type: Some(raw::Type::Workload(workload.into())) };
         let rejection = Decoder::default().address(address.encode_to_vec().into()).unwrap_err();
         assert_eq!(rejection.to_string(), format!("{field}: w\u{fffd} is not UTF-8"));
     }
+}
+
+#[test]
+fn a_workload_has_nothing_of_the_one_before() {
+    let service = |port_number| {
+        let ports = proto::PortList { ports: vec![port(port_number, 8080)] };
+        BTreeMap::from([("ns/api.ns".to_owned(), ports)])
+    };
+    let full = |services| proto::Workload {
+        name: "pod".to_owned(),
+        namespace: "ns".to_owned(),
+        service_account: "api".to_owned(),
+        canonical_name: "api".to_owned(),
+        workload_name: "api-v2".to_owned(),
+        canonical_revision: "v2".to_owned(),
+        node: "node".to_owned(),
+        locality: Some(proto::Locality { region: "r".to_owned(), ..Default::default() }),
+        services,
+        ..plain()
+    };
+    let mut decoder = Decoder::default();
+    let mut read = |raw: proto::Workload| {
+        let address = proto::Address { r#type: Some(Type::Workload(raw)) };
+        match decoder.address(address.encode_to_vec().into()).unwrap() {
+            Address::Workload(workload) => workload,
+            Address::Service(service) => panic!("{service:?}"),
+        }
+    };
+    for raw in [full(service(80)), full(service(81)), plain(), full(service(80)), plain()] {
+        assert_eq!(*read(raw.clone()), workload(raw).unwrap());
+    }
+    let (one, two) = (read(full(service(80))), read(full(service(80))));
+    assert!(Arc::ptr_eq(&one.workload_name, &two.workload_name));
+    assert!(one.services.sharers() > 2);
 }
 
 #[test]

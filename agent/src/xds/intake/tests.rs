@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use prost::Message;
 
 use super::super::frames::Part;
+use super::super::read::Piece;
 use super::super::session::Subscription;
 use super::super::wire::{Payload, Resource};
 use super::*;
@@ -70,17 +71,21 @@ fn response(kind: Kind, resources: Vec<Bytes>, removed: &[&str]) -> Response {
 /// Applies a response to a snapshot as the agent does.
 fn apply(intake: &mut Intake, snapshot: &mut Snapshot, response: Response) -> Outcome {
     let needs = Needs::new(false);
-    let mut reader = Reader::default();
-    intake.take(response, &mut reader, &needs, |changes| *snapshot = snapshot.with(changes))
+    intake.take(response, &needs, |changes| *snapshot = snapshot.with(changes))
 }
 
-/// Applies parts of a response that come in these groups, and then no more.
+/// Applies parts of a response that come in these groups, and then no more. Every other group was
+/// read where it was received.
 fn arrive(intake: &mut Intake, snapshot: &mut Snapshot, groups: Vec<Vec<Part>>) -> Option<Outcome> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let (sender, pieces) = tokio::sync::mpsc::channel(groups.len().max(1));
     let mut reader = Reader::default();
-    for group in groups {
-        let group = group.into_iter().filter_map(|part| reader.piece(part)).collect();
+    for (number, group) in groups.into_iter().enumerate() {
+        let pieces = group.into_iter().filter_map(Piece::of);
+        let group = match number % 2 {
+            0 => pieces.map(|piece| reader.piece(piece)).collect(),
+            _ => pieces.collect(),
+        };
         sender.try_send(group).unwrap();
     }
     drop(sender);
@@ -210,15 +215,10 @@ fn an_empty_response_is_published_and_acked() {
     let mut intake = intake();
     let mut published = 0;
     let needs = Needs::new(false);
-    let outcome = intake.take(
-        response(Kind::Authorization, Vec::new(), &[]),
-        &mut Reader::default(),
-        &needs,
-        |changes| {
-            published += 1;
-            assert_eq!(changes.count(), 0);
-        },
-    );
+    let outcome = intake.take(response(Kind::Authorization, Vec::new(), &[]), &needs, |changes| {
+        published += 1;
+        assert_eq!(changes.count(), 0);
+    });
     assert_eq!((published, outcome.answer.error_detail), (1, None));
 }
 
@@ -228,8 +228,7 @@ fn an_unknown_type_is_ignored_and_acked() {
     let mut response = response(Kind::Address, vec![Bytes::from_static(b"?")], &["x"]);
     response.type_url = "type.googleapis.com/other".to_owned();
     let needs = Needs::new(false);
-    let outcome =
-        intake.take(response, &mut Reader::default(), &needs, |_| panic!("nothing to publish"));
+    let outcome = intake.take(response, &needs, |_| panic!("nothing to publish"));
     assert_eq!(outcome.answer.type_url, "type.googleapis.com/other");
     assert!(outcome.answer.error_detail.is_none());
 }

@@ -64,7 +64,7 @@ fn a_service_and_its_waypoint_are_fetched_one_after_the_other() {
     let whole = mesh().with([changed_api(|s| s.waypoint = Some(by_hostname(WAYPOINT)))]);
     let api = whole.service(&key(API)).unwrap().as_ref().clone();
     let (asked, route) = ask(alone(), "10.96.0.10:80", |now, asked| match asked {
-        "n1/10.96.0.10" => (now.with([Change::Service(api.clone())]), Fetched::Answered),
+        "n1/10.96.0.10" => (now.with([Change::service(api.clone())]), Fetched::Answered),
         WAYPOINT => (whole.clone(), Fetched::Answered),
         other => panic!("asked for {other}"),
     });

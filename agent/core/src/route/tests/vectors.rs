@@ -105,12 +105,12 @@ fn a_reference_by_hostname_finds_a_service_and_else_a_workload() {
     let named = Workload { hostname: "gate.example".into(), ..pod("shop", "gate", &["10.1.0.30"]) };
     let bound = || changed_api(|s| s.waypoint = Some(by_hostname("shop/gate.example")));
     assert_eq!(
-        routes_to(vec![Change::Workload(named.clone()), bound()], "10.96.0.10:80"),
+        routes_to(vec![Change::workload(named.clone()), bound()], "10.96.0.10:80"),
         "hbone 10.1.0.30:15008 10.96.0.10:80 shop/gate (service waypoint)"
     );
     // Exactly that namespace.
     let other = Workload { uid: "c1//Pod/a/gate".into(), namespace: "a".into(), ..named.clone() };
-    let route = routes_to(vec![Change::Workload(other), bound()], "10.96.0.10:80");
+    let route = routes_to(vec![Change::workload(other), bound()], "10.96.0.10:80");
     assert!(route.starts_with("unknown waypoint"), "{route}");
     let service = Service {
         hostname: "gate.example".into(),
@@ -119,7 +119,7 @@ fn a_reference_by_hostname_finds_a_service_and_else_a_workload() {
     };
     let behind = pod("shop", "other", &["10.1.0.31"]).behind("shop/gate.example", &[]);
     let changes =
-        vec![Change::Workload(named), Change::Workload(behind), Change::Service(service), bound()];
+        vec![Change::workload(named), Change::workload(behind), Change::service(service), bound()];
     assert_eq!(
         routes_to(changes, "10.96.0.10:80"),
         "hbone 10.1.0.31:16008 10.96.0.10:80 shop/other (service waypoint)"
@@ -134,10 +134,10 @@ fn a_waypoint_that_wants_to_know_targets_needs_no_declared_port() {
     };
     let tunnel =
         |port| Some(ApplicationTunnel { protocol: ApplicationTunnelProtocol::Proxy, port });
-    let undeclared = Change::Service(service("shop", "waypoint", &["10.96.0.20"], &[(80, 80)]));
+    let undeclared = Change::service(service("shop", "waypoint", &["10.96.0.20"], &[(80, 80)]));
     let bound = || changed_api(|s| s.waypoint = Some(by_hostname(WAYPOINT)));
     let through = |application_tunnel| {
-        let changes = vec![undeclared.clone(), Change::Workload(gate(application_tunnel)), bound()];
+        let changes = vec![undeclared.clone(), Change::workload(gate(application_tunnel)), bound()];
         routes_to(changes, "10.96.0.10:80")
     };
     let expected = "hbone 10.1.0.20:15008 10.96.0.10:80 shop/wp (service waypoint)";
@@ -154,8 +154,8 @@ fn weighted_waypoints_share_connections_by_their_weights() {
         weight,
     };
     let snapshot = mesh().with([
-        Change::Workload(canary),
-        Change::Service(service("shop", "canary", &[], &[(15008, 15008)])),
+        Change::workload(canary),
+        Change::service(service("shop", "canary", &[], &[(15008, 15008)])),
         changed_api(|s| {
             s.waypoint = Some(by_hostname(WAYPOINT));
             s.weighted_waypoints = vec![
@@ -198,7 +198,7 @@ fn a_range_stands_for_a_service_to_its_clients() {
     let endpoint = pod("shop", "edge", &["10.1.0.40"]).behind("shop/range.shop", &[]);
     let with = |extra: Vec<Change>| {
         let base =
-            [Change::Service(range("shop", "203.0.113.0/24")), Change::Workload(endpoint.clone())];
+            [Change::service(range("shop", "203.0.113.0/24")), Change::workload(endpoint.clone())];
         routes_to(base.into_iter().chain(extra).collect(), "203.0.113.9:443")
     };
     assert_eq!(
@@ -207,7 +207,7 @@ fn a_range_stands_for_a_service_to_its_clients() {
     );
     // The client's own namespace comes before the narrower range.
     assert_eq!(
-        with(vec![Change::Service(range("a", "203.0.0.0/16"))]),
+        with(vec![Change::service(range("a", "203.0.0.0/16"))]),
         "no healthy upstream: 203.0.113.9:443"
     );
     // A range of another network is nobody's here.
@@ -218,7 +218,7 @@ fn a_range_stands_for_a_service_to_its_clients() {
     });
     let elsewhere = Service { cidr_vips: cidr_vips.collect(), ..elsewhere };
     assert!(
-        routes_to(vec![Change::Service(elsewhere)], "198.51.100.1:443").starts_with("passthrough")
+        routes_to(vec![Change::service(elsewhere)], "198.51.100.1:443").starts_with("passthrough")
     );
 }
 
