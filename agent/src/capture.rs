@@ -211,7 +211,11 @@ impl Capture {
             programs.attach_to_cgroup(program, cgroup.as_fd(), &pins.link(program))?;
         }
         let programs = programs.ids();
-        let logs = KernelLogs::new(&mut object);
+        // What is never written to needs nobody who reads it.
+        let logs = match options.log_level {
+            LevelFilter::OFF => None,
+            _ => KernelLogs::new(&mut object),
+        };
         let capture = Capture {
             loader,
             pins,

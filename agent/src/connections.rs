@@ -9,15 +9,19 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use culvert_core::authorization::Connection;
+use culvert_core::authorize::PermittedBy;
 use culvert_core::identity::Identity;
 use culvert_core::workload::PolicyKey;
+use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
 
-use crate::telemetry::{ByteCounters, Denial, DenialReason, Failure, ResponseFlag};
+use crate::telemetry::{
+    ByteCounters, ConnectionContext, Denial, DenialReason, Failure, ResponseFlag,
+};
 
 /// All live connections of one agent. Cloning copies a pointer.
 #[derive(Clone, Debug, Default)]
@@ -37,7 +41,8 @@ struct Registry {
 pub struct LiveConnection {
     pub direction: Direction,
     pub protocol: Protocol,
-    pub src: SocketAddr,
+    /// What is told of it.
+    pub about: Arc<ConnectionContext>,
     /// What was asked for: for HBONE inbound the `forwarded` host if there was one; else the
     /// original destination.
     pub original_dst: Option<String>,
@@ -49,11 +54,26 @@ pub struct LiveConnection {
     pub workload: Arc<str>,
     /// What it was authorized by, and is again; `None` for outbound.
     pub connection: Option<Connection>,
-    pub source_identity: Option<Identity>,
-    pub destination_identity: Option<Identity>,
-    /// The hostname of the service that was addressed.
-    pub service: Option<Arc<str>>,
     pub counters: Arc<ByteCounters>,
+}
+
+impl LiveConnection {
+    pub fn src(&self) -> SocketAddr {
+        self.about.src
+    }
+
+    pub fn source_identity(&self) -> Option<&Identity> {
+        self.about.source_identity.as_ref().filter(|_| self.about.mutual_tls)
+    }
+
+    pub fn destination_identity(&self) -> Option<Identity> {
+        self.about.told_destination_identity()
+    }
+
+    /// The hostname of the service that was addressed.
+    pub fn service(&self) -> Option<&str> {
+        self.about.service.as_ref().map(|service| &*service.hostname)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -106,7 +126,7 @@ impl Connections {
             opened: Instant::now(),
             permit: Mutex::default(),
             reason: OnceLock::new(),
-            closing: Notify::new(),
+            closing: AtomicWaker::new(),
         });
         self.shard(id).lock().insert(id, entry.clone());
         Guard { connections: self.clone(), entry }
@@ -168,10 +188,10 @@ pub struct Entry {
     id: u64,
     live: LiveConnection,
     opened: Instant,
-    permit: Mutex<Option<String>>,
+    permit: Mutex<Option<PermittedBy>>,
     /// With when it came to be.
-    reason: OnceLock<(CloseReason, Instant)>,
-    closing: Notify,
+    reason: OnceLock<Box<(CloseReason, Instant)>>,
+    closing: AtomicWaker,
 }
 
 impl Entry {
@@ -185,13 +205,13 @@ impl Entry {
     }
 
     /// By what it was allowed; `None` before it was, and for outbound.
-    pub fn permit(&self) -> Option<String> {
+    pub fn permit(&self) -> Option<PermittedBy> {
         self.permit.lock().clone()
     }
 
     /// Notes by what it is allowed now.
-    pub fn permitted(&self, by: impl Into<String>) {
-        *self.permit.lock() = Some(by.into());
+    pub fn permitted(&self, by: &PermittedBy) {
+        *self.permit.lock() = Some(by.clone());
     }
 
     /// Tells the connection to close. The first reason stays; gives whether it was this one.
@@ -201,8 +221,8 @@ impl Entry {
 
     /// The same for a reason that came to be before this.
     pub fn close_since(&self, reason: CloseReason, since: Instant) -> bool {
-        let first = self.reason.set((reason, since)).is_ok();
-        self.closing.notify_waiters();
+        let first = self.reason.set(Box::new((reason, since))).is_ok();
+        self.closing.wake();
         first
     }
 }
@@ -219,28 +239,25 @@ impl Guard {
         &self.entry
     }
 
-    /// Waits until somebody closes this connection, also if that happened before.
+    /// Waits until somebody closes this connection, also if that happened before. One task at a time
+    /// waits.
     pub async fn closed(&self) -> CloseReason {
-        loop {
-            let closing = self.entry.closing.notified();
-            tokio::pin!(closing);
+        std::future::poll_fn(|cx| {
             // Listen first, look then: a closing in between is not missed.
-            closing.as_mut().enable();
-            if let Some(reason) = self.close_reason() {
-                return reason.clone();
-            }
-            closing.await;
-        }
+            self.entry.closing.register(cx.waker());
+            self.close_reason().cloned().map_or(Poll::Pending, Poll::Ready)
+        })
+        .await
     }
 
     /// The reason if somebody has closed this connection.
     pub fn close_reason(&self) -> Option<&CloseReason> {
-        self.entry.reason.get().map(|(reason, _)| reason)
+        self.entry.reason.get().map(|reason| &reason.0)
     }
 
     /// How long ago that reason came to be.
     pub fn overdue(&self) -> Option<Duration> {
-        self.entry.reason.get().map(|(_, since)| since.elapsed())
+        self.entry.reason.get().map(|reason| reason.1.elapsed())
     }
 }
 

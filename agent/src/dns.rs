@@ -60,7 +60,7 @@ pub async fn serve(
     dns: Dns,
     pod: Arc<Pod>,
     sockets: DnsSockets,
-    mut drain: DrainWatch,
+    drain: DrainWatch,
 ) {
     let names = Arc::new(PodNames::new(node, dns, pod.clone()));
     let mut serving = JoinSet::new();

@@ -4,19 +4,23 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
 
 /// Both ends of a drain that has not begun.
 ///
 /// The trigger waits for every clone of the watch: whoever holds one must drop it when done.
 pub fn drain() -> (DrainTrigger, DrainWatch) {
     let (sender, receiver) = watch::channel(None);
-    (DrainTrigger { begun: sender }, DrainWatch { begun: receiver })
+    let expired = CancellationToken::new();
+    let watch = DrainWatch { begun: receiver, expired: expired.clone() };
+    (DrainTrigger { begun: sender, expired }, watch)
 }
 
 /// Begins the drain and waits for its end.
 #[derive(Debug)]
 pub struct DrainTrigger {
     begun: watch::Sender<Option<Begun>>,
+    expired: CancellationToken,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -65,8 +69,22 @@ impl DrainTrigger {
         });
         match timeout_at(deadline, self.begun.closed()).await {
             Ok(()) => DrainEnd::Complete,
-            Err(_) => DrainEnd::Expired,
+            Err(_) => {
+                self.expired.cancel();
+                DrainEnd::Expired
+            }
         }
+    }
+
+    /// Waits until all watches are dropped.
+    pub async fn finished(&self) {
+        self.begun.closed().await;
+    }
+}
+
+impl Drop for DrainTrigger {
+    fn drop(&mut self) {
+        self.expired.cancel();
     }
 }
 
@@ -75,6 +93,7 @@ impl DrainTrigger {
 #[derive(Clone, Debug)]
 pub struct DrainWatch {
     begun: watch::Receiver<Option<Begun>>,
+    expired: CancellationToken,
 }
 
 impl DrainWatch {
@@ -94,12 +113,13 @@ impl DrainWatch {
     }
 
     /// Waits until the drain's deadline: cut what is left. Follows a deadline brought forward.
-    pub async fn expired(&mut self) {
-        let mut deadline = self.begun().await;
-        while let Ok(Ok(())) = timeout_at(deadline, self.begun.changed()).await {
-            deadline = self.begun.borrow().map_or(deadline, |begun| begun.deadline);
-        }
-        tokio::time::sleep_until(deadline).await;
+    pub async fn expired(&self) {
+        self.expired.cancelled().await;
+    }
+
+    /// Cancelled at the drain's deadline. It does not keep the drain from its end.
+    pub fn expiry(&self) -> CancellationToken {
+        self.expired.child_token()
     }
 
     /// Whether the drain has begun.

@@ -8,6 +8,7 @@ use culvert_core::route::{self, NoRoute, Outbound, Route, Routed};
 use culvert_core::service::Service;
 use culvert_core::verdict;
 use culvert_core::workload::Workload;
+use futures_util::FutureExt;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use tokio::net::{TcpListener, TcpStream};
@@ -18,7 +19,8 @@ use crate::decide::decide_for;
 use crate::drain::DrainWatch;
 use crate::node::Node;
 use crate::pods::Pod;
-use crate::telemetry::Reporter;
+use crate::session::{self, Carrying};
+use crate::telemetry::{Reporter, SocketGuard};
 
 mod local;
 mod plain;
@@ -26,7 +28,7 @@ mod tunnel;
 
 /// Serves the captured connections of `pod` until it leaves or the agent drains. `retracted` gets the
 /// direct connections to it that the kernel could not admit after all.
-pub async fn serve<F: Future<Output = ()> + Send>(
+pub async fn serve<F: Future<Output = ()> + Send + 'static>(
     node: Arc<Node>,
     pod: Arc<Pod>,
     listener: TcpListener,
@@ -40,21 +42,20 @@ pub async fn serve<F: Future<Output = ()> + Send>(
     let end = ended(&pod, drain.clone());
     accept_until(&listener, end, |client, peer| {
         let (node, pod, drain) = (node.clone(), node.successor(&pod), drain.clone());
-        tokio::spawn(async move {
+        session::spawn(async move {
             if node.capture.is_retracted(&client) {
-                retracted(node, pod, client, peer, drain).await;
-            } else {
-                carry(&node, &pod, client, peer, drain).await;
+                return Some(retracted(node, pod, client, peer, drain).boxed());
             }
+            open(node, pod, client, peer, drain).await
         });
     })
     .await;
 }
 
 /// A captured connection whose destination and owner are known.
-struct Captured<'a> {
-    node: &'a Arc<Node>,
-    pod: &'a Arc<Pod>,
+struct Captured {
+    node: Arc<Node>,
+    pod: Arc<Pod>,
     tcp: TcpStream,
     client: ClientAddr,
     original: OriginalDst,
@@ -62,19 +63,22 @@ struct Captured<'a> {
     /// The service that was addressed.
     service: Option<Arc<Service>>,
     drain: DrainWatch,
+    _open: SocketGuard,
 }
 
-async fn carry(
-    node: &Arc<Node>,
-    pod: &Arc<Pod>,
+/// Finds out where a connection is to go, and begins it.
+async fn open(
+    node: Arc<Node>,
+    pod: Arc<Pod>,
     tcp: TcpStream,
     peer: SocketAddr,
     drain: DrainWatch,
-) {
+) -> Option<Carrying> {
     let _open = node.telemetry.socket_opened(Reporter::Source);
     let failed = |tcp: TcpStream, client, dst, error: &dyn std::fmt::Display| {
         node.telemetry.failed_early(Reporter::Source, client, dst, error);
         reset(tcp);
+        None
     };
     let Original { to: original, elsewhere } = match node.capture.outbound_dst(&tcp) {
         Ok(original) => original,
@@ -83,7 +87,7 @@ async fn carry(
             return failed(tcp, peer, own, &error);
         }
     };
-    let source = match node.workload_of(pod).await {
+    let source = match node.workload_of(&pod).await {
         Ok(source) => source,
         Err(error) => return failed(tcp, peer, original.addr(), &error),
     };
@@ -91,26 +95,29 @@ async fn carry(
     // One seed for all rounds of the decision, so that it draws the endpoint that it asked about.
     let seed = rand::rng().random();
     let request = Outbound { source: &source, client: client.ip(), destination: original };
-    // What not every connection needs, or only to begin with, takes no room in its task.
-    let (routed, server) = match Box::pin(choose(node, &request, elsewhere, seed)).await {
+    // What not every connection needs takes no room while the others are opened.
+    let (routed, server) = match Box::pin(choose(&node, &request, elsewhere, seed)).await {
         Ok(chosen) => chosen,
         Err(error) => return failed(tcp, client.addr(), original.addr(), &*error),
     };
     tracing::debug!(src = %client, dst = %original, because = %routed.because, "routed");
     let service = routed.service;
-    let captured = Captured { node, pod, tcp, client, original, source, service, drain };
-    match routed.route {
-        Route::Passthrough { to } => Box::pin(plain::carry(captured, to, None)).await,
-        Route::Direct { to, workload } => {
-            Box::pin(plain::carry(captured, to, Some(workload))).await;
+    let captured =
+        |node, tcp| Captured { node, pod, tcp, client, original, source, service, drain, _open };
+    match (routed.route, server) {
+        (Route::Passthrough { to }, _) => Some(plain::carry(captured(node, tcp), to, None).boxed()),
+        (Route::Direct { to, workload }, _) => {
+            Some(plain::carry(captured(node, tcp), to, Some(workload)).boxed())
         }
-        Route::Local { to, workload } => match server {
-            Some(server) => Box::pin(local::carry(captured, to, workload, server)).await,
-            None => {
-                failed(captured.tcp, client.addr(), original.addr(), &"the pod comes and goes");
-            }
-        },
-        Route::Tunnel { tunnel, next_hop } => tunnel::carry(captured, tunnel, next_hop).await,
+        (Route::Local { to, workload }, Some(server)) => {
+            Some(local::carry(captured(node, tcp), to, workload, server).boxed())
+        }
+        (Route::Local { .. }, None) => {
+            failed(tcp, client.addr(), original.addr(), &"the pod comes and goes")
+        }
+        (Route::Tunnel { tunnel, next_hop }, _) => {
+            tunnel::open(captured(node, tcp), tunnel, next_hop).await
+        }
     }
 }
 

@@ -8,6 +8,8 @@ use culvert_core::workload::Workload;
 use tokio_util::sync::CancellationToken;
 
 use crate::capture::netns::Netns;
+use crate::connections::CloseReason;
+use crate::drain::DrainWatch;
 use crate::hbone::Pool;
 
 /// Which workload a pod is.
@@ -76,17 +78,27 @@ pub struct Pod {
     leaving: CancellationToken,
     closed: CancellationToken,
     gone: CancellationToken,
+    /// Cancelled when its connections are to end at once: it is gone, or the drain is over.
+    cut: CancellationToken,
 }
 
 impl Pod {
-    pub fn new(uid: Arc<str>, claim: Claim, netns: Arc<Netns>, pool: Pool) -> Self {
+    pub fn new(
+        uid: Arc<str>,
+        claim: Claim,
+        netns: Arc<Netns>,
+        pool: Pool,
+        drain: &DrainWatch,
+    ) -> Self {
         let (leaving, closed, gone) = Default::default();
-        Self { uid, claim, netns, pool, keeps_clients: true, leaving, closed, gone }
+        let cut = drain.expiry();
+        Self { uid, claim, netns, pool, keeps_clients: true, leaving, closed, gone, cut }
     }
 
     /// The agent's own: no route there leads answers to clients' addresses back to the agent.
-    pub fn of_agent(claim: Claim, netns: Arc<Netns>, pool: Pool) -> Self {
-        Self { keeps_clients: false, ..Self::new(claim.to_string().into(), claim, netns, pool) }
+    pub fn of_agent(claim: Claim, netns: Arc<Netns>, pool: Pool, drain: &DrainWatch) -> Self {
+        let uid = claim.to_string().into();
+        Self { keeps_clients: false, ..Self::new(uid, claim, netns, pool, drain) }
     }
 
     /// It opens no further tunnels. Those of its peers, and its listeners, still take what is sent by
@@ -109,6 +121,7 @@ impl Pod {
     /// Its namespace is gone: everything of it ends at once.
     pub fn end(&self) {
         self.gone.cancel();
+        self.cut.cancel();
         self.leave();
         self.close();
     }
@@ -126,5 +139,14 @@ impl Pod {
     /// Ready when [`Pod::end`] was called.
     pub async fn is_gone(&self) {
         self.gone.cancelled().await;
+    }
+
+    /// Ready when its connections are to end at once; gives why.
+    pub async fn is_cut(&self) -> CloseReason {
+        self.cut.cancelled().await;
+        match self.gone.is_cancelled() {
+            true => CloseReason::PodGone,
+            false => CloseReason::Drain,
+        }
     }
 }

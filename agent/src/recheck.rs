@@ -58,9 +58,9 @@ fn judge(snapshot: &Snapshot, workload: &str, entry: &Entry, since: Instant) {
         return;
     };
     match authorize(snapshot, local, connection).verdict {
-        Ok(permit) => entry.permitted(permit.to_string()),
+        Ok(permit) => entry.permitted(permit.by()),
         Err(denied) => {
-            tracing::debug!(src = %live.src, %denied, "live connection is no longer permitted");
+            tracing::debug!(src = %live.src(), %denied, "live connection is no longer permitted");
             let (policy, rule) = (denied.policy().cloned(), denied.rule());
             entry.close_since(CloseReason::PolicyChange { policy, rule }, since);
         }

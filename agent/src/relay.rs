@@ -17,7 +17,10 @@ use std::sync::Arc;
 use tokio::net::TcpStream;
 
 use crate::hbone::{HboneStream, StreamError};
+use tunnel::Side;
+
 pub use tcp::Tcp;
+pub use tunnel::TunnelRelay;
 
 mod plain;
 mod scratch;
@@ -32,11 +35,6 @@ pub trait Counters {
     /// `bytes` went back to the side that opened the connection.
     fn sent(&self, bytes: u64);
 }
-
-/// Counts bytes of one direction, from more than one place.
-trait Count: Fn(u64) + Clone + Send + Sync + 'static {}
-
-impl<F: Fn(u64) + Clone + Send + Sync + 'static> Count for F {}
 
 /// Why a relay ended before both directions had finished; `C` is the reason for closing it.
 #[derive(Debug, thiserror::Error)]
@@ -72,40 +70,21 @@ impl<C> RelayError<C> {
 }
 
 /// Relays an application's connection into a tunnel (the source side).
-///
-/// When `closing` is ready, the stream is reset with CANCEL and the application's connection reset.
-pub fn tcp_hbone<C>(
+pub fn tcp_hbone<K: Counters + Send + Sync + 'static>(
     client: Tcp,
     tunnel: HboneStream,
-    counters: Arc<impl Counters + Send + Sync + 'static>,
-    closing: impl Future<Output = C>,
-) -> impl Future<Output = Result<(), RelayError<C>>> {
-    let uploads = counters.clone();
-    let upload = move |bytes| uploads.received(bytes);
-    let download = move |bytes| counters.sent(bytes);
-    async move {
-        let end = tunnel::relay(client, tunnel, upload, download, closing).await;
-        end.map_err(|end| end.with(RelayError::Client))
-    }
+    counters: Arc<K>,
+) -> TunnelRelay<K> {
+    TunnelRelay::new(client, Side::Client, tunnel, counters)
 }
 
 /// Relays a tunnel to an application that was dialled for it (the destination side).
-///
-/// As [`tcp_hbone`], with the roles of client and server exchanged.
-pub fn hbone_tcp<C>(
+pub fn hbone_tcp<K: Counters + Send + Sync + 'static>(
     tunnel: HboneStream,
     server: TcpStream,
-    counters: Arc<impl Counters + Send + Sync + 'static>,
-    closing: impl Future<Output = C>,
-) -> impl Future<Output = Result<(), RelayError<C>>> {
-    let server = Tcp::new(server);
-    let uploads = counters.clone();
-    let upload = move |bytes| uploads.sent(bytes);
-    let download = move |bytes| counters.received(bytes);
-    async move {
-        let end = tunnel::relay(server, tunnel, upload, download, closing).await;
-        end.map_err(|end| end.with(RelayError::Server))
-    }
+    counters: Arc<K>,
+) -> TunnelRelay<K> {
+    TunnelRelay::new(Tcp::new(server), Side::Server, tunnel, counters)
 }
 
 /// Relays between two TCP connections.

@@ -1,9 +1,11 @@
 //! What every relayed connection shares: what may end it early, and how its end is told.
 
 use std::io;
+use std::pin::Pin;
 
 use culvert_core::admit::Admission;
 use culvert_core::authorize::{Denied, Permit};
+use futures_util::future::{BoxFuture, OptionFuture};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -29,6 +31,23 @@ pub fn denied_headers(denied: &Denied) -> HeaderMap {
     value.into_iter().map(|value| (DENIED_BY, value)).collect()
 }
 
+/// What carries a connection once it is open.
+pub type Carrying = BoxFuture<'static, ()>;
+
+/// Runs what opens a connection, and then what it gives, in a task of its own.
+pub fn spawn(opening: impl Future<Output = Option<Carrying>> + Send + 'static) {
+    tokio::spawn(carry(Box::pin(opening)));
+}
+
+/// What opening needs, with handshakes in it, is not kept for as long as the connection lives: many
+/// do nothing most of the time.
+pub async fn carry(opening: Pin<Box<impl Future<Output = Option<Carrying>>>>) {
+    let carrying = opening.await;
+    if let Some(carrying) = carrying {
+        carrying.await;
+    }
+}
+
 /// The connection to the application, which has been told first what it is to be told.
 ///
 /// It takes the proof that the connection was authorized.
@@ -48,28 +67,29 @@ pub async fn deliver(
 /// All that may end a relayed connection before its own end.
 pub struct Ends<'a> {
     guard: &'a Guard,
-    drain: DrainWatch,
     pod: &'a Pod,
+    /// The drain waits until it is dropped.
+    _drain: DrainWatch,
     /// Cancelled when the peer of the tunnel is revoked.
-    revoked: CancellationToken,
+    revoked: Option<CancellationToken>,
 }
 
 impl<'a> Ends<'a> {
     pub fn of(guard: &'a Guard, drain: DrainWatch, pod: &'a Pod) -> Self {
-        Self { guard, drain, pod, revoked: CancellationToken::new() }
+        Self { guard, pod, _drain: drain, revoked: None }
     }
 
     /// The same within a tunnel whose connection may be cut off.
     pub fn in_tunnel(self, revoked: CancellationToken) -> Self {
-        Self { revoked, ..self }
+        Self { revoked: Some(revoked), ..self }
     }
 
-    pub async fn wait(mut self) -> CloseReason {
+    pub async fn wait(&self) -> CloseReason {
+        let revoked = OptionFuture::from(self.revoked.as_ref().map(|revoked| revoked.cancelled()));
         tokio::select! {
             reason = self.guard.closed() => reason,
-            () = self.drain.expired() => CloseReason::Drain,
-            () = self.pod.is_gone() => CloseReason::PodGone,
-            () = self.revoked.cancelled() => CloseReason::PeerRevoked,
+            reason = self.pod.is_cut() => reason,
+            Some(()) = revoked => CloseReason::PeerRevoked,
         }
     }
 }

@@ -27,8 +27,9 @@ pub struct Permit {
     by: PermittedBy,
 }
 
-#[derive(Debug, PartialEq, Eq)]
-enum PermittedBy {
+/// Why a connection is permitted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PermittedBy {
     /// No enforced policy of action ALLOW applies.
     NoPolicy,
     Rule {
@@ -38,6 +39,10 @@ enum PermittedBy {
 }
 
 impl Permit {
+    pub fn by(&self) -> &PermittedBy {
+        &self.by
+    }
+
     /// The `namespace/name` of the policy that allowed it; `None` when none applies.
     pub fn policy(&self) -> Option<&PolicyKey> {
         match &self.by {
@@ -57,7 +62,13 @@ impl Permit {
 
 impl fmt::Display for Permit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.by {
+        self.by.fmt(f)
+    }
+}
+
+impl fmt::Display for PermittedBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
             PermittedBy::NoPolicy => f.write_str("no policy"),
             PermittedBy::Rule { policy, rule } => write!(f, "allowed by: {policy}, rule {rule}"),
         }

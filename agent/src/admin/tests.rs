@@ -4,6 +4,8 @@ use std::io::Read;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use culvert_core::authorize::PermittedBy;
+use culvert_core::service::{IpFamilies, Service, Visibility};
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -13,6 +15,7 @@ use super::*;
 use crate::connections::{Direction, Guard, LiveConnection, Protocol};
 use crate::drain::{DrainTrigger, drain};
 use crate::telemetry::logging::{LogFlush, LogFormat, Logging};
+use crate::telemetry::{ConnectionContext, Reporter};
 
 /// An agent whose parts the test sets.
 #[derive(Default)]
@@ -385,17 +388,45 @@ pub(super) fn register(
     connections.register(LiveConnection {
         direction,
         protocol: Protocol::Hbone,
-        src: "10.2.0.3:40112".parse().unwrap(),
+        about: Arc::new(ConnectionContext {
+            reporter: Reporter::Destination,
+            source: None,
+            source_identity: Some("spiffe://cluster.local/ns/web/sa/front".parse().unwrap()),
+            baggage: None,
+            destination: None,
+            destination_identity: None,
+            service: Some(Arc::new(service())),
+            src: "10.2.0.3:40112".parse().unwrap(),
+            dst: "10.1.0.7:15008".parse().unwrap(),
+            hbone_addr: None,
+            mutual_tls: true,
+        }),
         original_dst: original_dst.map(str::to_owned),
         actual_dst: actual_dst.parse().unwrap(),
         pod: pod().uid,
         workload: "c1//Pod/shop/api-5c6b".into(),
         connection: None,
-        source_identity: Some("spiffe://cluster.local/ns/web/sa/front".parse().unwrap()),
-        destination_identity: None,
-        service: Some("api.shop.svc.cluster.local".into()),
         counters: Arc::default(),
     })
+}
+
+fn service() -> Service {
+    Service {
+        name: "api".into(),
+        namespace: "shop".into(),
+        hostname: "api.shop.svc.cluster.local".into(),
+        vips: Vec::new(),
+        cidr_vips: Vec::new(),
+        ports: Default::default(),
+        subject_alt_names: Vec::new(),
+        waypoint: None,
+        weighted_waypoints: Vec::new(),
+        load_balancer: None,
+        ip_families: IpFamilies::Automatic,
+        canonical: true,
+        visibility: Visibility::Public,
+        fixed_endpoints: Default::default(),
+    }
 }
 
 pub(super) fn pod() -> Pod {
@@ -423,7 +454,7 @@ async fn culverts_own_views_have_their_shapes() {
     *running.state.pods.lock() = vec![pod(), other];
     let connections = &running.state.connections;
     let guard = register(connections, Direction::Inbound, None, "10.1.0.7:8080");
-    guard.entry().permitted("shop/api-clients rule 0");
+    guard.entry().permitted(&PermittedBy::Rule { policy: "shop/api-clients".into(), rule: 0 });
     guard.entry().live().counters.add_received(74);
     let _pending = running.sources.readiness.open(readiness::PROXY);
 
@@ -461,7 +492,7 @@ async fn culverts_own_views_have_their_shapes() {
         "direction": "inbound", "protocol": "HBONE", "src": "10.2.0.3:40112", "dst": null,
         "target": "10.1.0.7:8080", "srcIdentity": "spiffe://cluster.local/ns/web/sa/front",
         "dstIdentity": null, "workload": "c1//Pod/shop/api-5c6b",
-        "service": "api.shop.svc.cluster.local", "policy": "shop/api-clients rule 0",
+        "service": "api.shop.svc.cluster.local", "policy": "allowed by: shop/api-clients, rule 0",
         "openedSecondsAgo": null, "received": 74, "sent": 0,
     }]);
     assert_eq!(connections, expected);

@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::drain::{self, DrainTrigger};
 use crate::file::{FileSource, FileUpdate};
 use crate::handover::{Asked, Bequest, HandoverError, Wish};
+use crate::memory;
 use crate::telemetry::Handover;
 use crate::zds;
 
@@ -137,6 +138,7 @@ impl Duty {
         let requests = follow_cni(config, synced());
         let (asking, netns) = await_successor(config);
         self.enrolment.reconcile().await;
+        memory::settle();
         drop(starting);
         tracing::info!(node = %node.name, version = env!("CARGO_PKG_VERSION"), "culvert is up");
         let Duty { enrolment, mut follower, sources, trigger, .. } = self;

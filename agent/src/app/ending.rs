@@ -25,6 +25,8 @@ const GOODBYE: Duration = Duration::from_millis(500);
 const LOOK: Duration = Duration::from_millis(10);
 /// How long the listeners of pods may take to close, which they do once their tasks have heard of it.
 const CLOSING: Duration = Duration::from_secs(2);
+/// How long connections that are cut have to tell of their end.
+const CUT: Duration = Duration::from_millis(100);
 
 /// Why an agent ends.
 pub(super) enum End {
@@ -126,6 +128,8 @@ impl Ending {
             DrainEnd::Complete => self.close_tunnels().await,
             DrainEnd::Expired => {
                 tracing::info!("the drain's deadline has passed: open connections are reset");
+                // They tell of their end themselves.
+                let _ = timeout(CUT, self.trigger.finished()).await;
             }
         }
         Ok(())

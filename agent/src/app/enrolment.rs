@@ -300,7 +300,8 @@ impl Enrolment {
             None => netns.listen_with(self.terms.listen).map_err(EnrolError::Listen)?,
         };
         let pool = Pool::new(self.node.tunnels.clone());
-        let pod = Arc::new(Pod::new(uid.clone(), want.claim.clone(), netns.clone(), pool));
+        let (claim, drain) = (want.claim.clone(), &self.drain);
+        let pod = Arc::new(Pod::new(uid.clone(), claim, netns.clone(), pool, drain));
         let dns = self.listen_for_dns(&netns, &want.spec, given_dns)?;
         let mut serving = self.serve(&pod, &listeners).map_err(EnrolError::Listen)?;
         let mut kept = DnsSockets::default();

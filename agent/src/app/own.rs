@@ -42,7 +42,7 @@ fn start(
 ) -> anyhow::Result<()> {
     let netns = Arc::new(Netns::current()?);
     let listener = TcpListener::from_std(netns.listen_for_tunnels(listen)?)?;
-    let pod = Arc::new(Pod::of_agent(claim, netns, Pool::new(node.tunnels.clone())));
+    let pod = Arc::new(Pod::of_agent(claim, netns, Pool::new(node.tunnels.clone()), &drain));
     let _first = node.own.set(pod.clone());
     tokio::spawn(inbound::serve_hbone(node.clone(), pod, listener, drain));
     Ok(())

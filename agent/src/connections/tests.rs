@@ -1,20 +1,30 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+use crate::telemetry::Reporter;
 
 fn live(direction: Direction, workload: &str) -> LiveConnection {
     LiveConnection {
         direction,
         protocol: Protocol::Hbone,
-        src: "10.2.0.3:40112".parse().unwrap(),
+        about: Arc::new(ConnectionContext {
+            reporter: Reporter::Destination,
+            source: None,
+            source_identity: None,
+            baggage: None,
+            destination: None,
+            destination_identity: None,
+            service: None,
+            src: "10.2.0.3:40112".parse().unwrap(),
+            dst: "10.1.0.7:15008".parse().unwrap(),
+            hbone_addr: None,
+            mutual_tls: true,
+        }),
         original_dst: None,
         actual_dst: "10.1.0.7:8080".parse().unwrap(),
         pod: workload.into(),
         workload: workload.into(),
         connection: None,
-        source_identity: None,
-        destination_identity: None,
-        service: None,
         counters: Arc::default(),
     }
 }
@@ -86,6 +96,7 @@ fn the_permit_is_shown_once_it_is_there() {
     let connections = Connections::default();
     let guard = connections.register(live(Direction::Inbound, "a"));
     assert_eq!(guard.entry().permit(), None);
-    guard.entry().permitted("shop/api-clients rule 0");
-    assert_eq!(connections.all()[0].permit().as_deref(), Some("shop/api-clients rule 0"));
+    let by = PermittedBy::Rule { policy: "shop/api-clients".into(), rule: 0 };
+    guard.entry().permitted(&by);
+    assert_eq!(connections.all()[0].permit(), Some(by));
 }

@@ -274,7 +274,7 @@ impl Open {
     fn new(node: Arc<Node>, flow: DirectFlow, told: Told) -> Self {
         let end = |reporter| {
             let open = told.open(&node, &flow, reporter);
-            let guard = told.register(&node, &flow, reporter, open.counters());
+            let guard = told.register(&node, &flow, reporter, &open);
             (open, guard)
         };
         let source = end(Reporter::Source);
@@ -294,7 +294,7 @@ impl Open {
         let entry = guard.entry();
         let Some(connection) = &entry.live().connection else { return };
         match self.node.authorize(&self.workload, connection) {
-            Ok(permit) => entry.permitted(permit.to_string()),
+            Ok(permit) => entry.permitted(permit.by()),
             Err(denied) => {
                 let (policy, rule) = (denied.policy().cloned(), denied.rule());
                 tracing::debug!(src = %self.flow.client, %denied, denial = ?denial(&denied), "ended");

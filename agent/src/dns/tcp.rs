@@ -63,7 +63,7 @@ pub(super) async fn serve(names: Arc<PodNames>, listener: TcpListener, drain: Dr
 
 /// Ready when no further question is to be read. When another agent goes on, it is there for new
 /// connections: the client of an open one has sent its question, or will.
-async fn hushed(names: Arc<PodNames>, mut drain: DrainWatch) {
+async fn hushed(names: Arc<PodNames>, drain: DrainWatch) {
     match ended(&names.pod, drain.clone()).await {
         Queued::Taken => {}
         Queued::Left => drain.expired().await,

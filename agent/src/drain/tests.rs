@@ -20,7 +20,7 @@ async fn ends_as_soon_as_all_watches_are_dropped() {
 
 #[tokio::test(start_paused = true)]
 async fn expires_at_the_deadline_for_trigger_and_watch_alike() {
-    let (trigger, mut watch) = drain();
+    let (trigger, watch) = drain();
     assert!(!watch.is_begun());
     let before = Instant::now();
     let (end, ()) = tokio::join!(trigger.begin(GRACE), watch.expired());
@@ -31,7 +31,7 @@ async fn expires_at_the_deadline_for_trigger_and_watch_alike() {
 
 #[tokio::test(start_paused = true)]
 async fn a_second_call_shortens_the_time() {
-    let (trigger, mut watch) = drain();
+    let (trigger, watch) = drain();
     let before = Instant::now();
     let cut = tokio::spawn(async move {
         watch.expired().await;

@@ -19,7 +19,7 @@ use super::first::First;
 use super::frame::Reason;
 use super::keepalive::KeepAlive;
 use super::mux::{ConnectionError, Mux, Role, request_block};
-use super::stream::{Handle, HboneStream, Place, StreamError};
+use super::stream::{Handle, HboneStream, StreamError};
 use super::windows::PeerWindows;
 
 /// How long a fresh connection may keep others waiting for the peer's SETTINGS.
@@ -163,8 +163,8 @@ impl Connection {
             RequestError::Unprocessed(StreamError::Broken(error.to_string()))
         };
         let id = mux.lock().open(&request_block(&request)).map_err(unprocessed)?;
-        let place: Place = Some(Box::new(place));
-        let mut stream = HboneStream::new(Handle { mux: mux.clone(), id, held: 0 }, place);
+        let handle = Handle { mux: mux.clone(), id, held: 0 };
+        let mut stream = HboneStream::new(handle, Some(place));
         let mut first = first.on_stream();
         let answer = std::future::poll_fn(|cx| {
             let answer = mux.lock().poll_answer(cx, id);

@@ -9,6 +9,7 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::client::TakenPlace;
 use super::frame::Reason;
 use super::mux::{Mux, Received, Sink};
 
@@ -75,7 +76,7 @@ impl Drop for Handle {
 }
 
 /// Released when the stream is dropped.
-pub(super) type Place = Option<Box<dyn Send + Sync>>;
+pub(super) type Place = Option<TakenPlace>;
 
 impl HboneStream {
     pub(super) fn new(stream: Handle, place: Place) -> Self {

@@ -24,7 +24,7 @@ use crate::hbone::{self, Request};
 use crate::node::{Node, denial};
 use crate::pods::Pod;
 use crate::relay;
-use crate::session::{self, Ends};
+use crate::session::{self, Carrying, Ends};
 use crate::telemetry::{self, ConnectionContext, Failure, OpenConnection, Reporter, ResponseFlag};
 use crate::tls;
 
@@ -56,7 +56,9 @@ pub(super) async fn serve(
         Err(error) => return failed(&format_args!("identity error: {error}")),
     };
     drop(local);
-    let (stream, identity) = match tls::accept(tcp, &certificate, tls::HANDSHAKE_LIMIT).await {
+    // Not kept for as long as the tunnel lives.
+    let accepting = Box::pin(tls::accept(tcp, &certificate, tls::HANDSHAKE_LIMIT));
+    let (stream, identity) = match accepting.await {
         Ok(accepted) => accepted,
         Err(error) => {
             if error.is_revoked() {
@@ -79,7 +81,8 @@ pub(super) async fn serve(
         revoked: revoked.clone(),
     });
     let streams = drain.clone();
-    let handler = move |request| tunnel.clone().answer(request, streams.clone());
+    let handler =
+        move |request| session::carry(Box::pin(tunnel.clone().answer(request, streams.clone())));
     let leaving = leaving(&pod, drain, revoked.clone());
     let mut served = pin!(hbone::serve(stream, &node.tunnels, handler, leaving));
     tokio::select! {
@@ -123,7 +126,7 @@ struct Tunnel {
 }
 
 impl Tunnel {
-    async fn answer(self: Arc<Self>, request: Request, drain: DrainWatch) {
+    async fn answer(self: Arc<Self>, request: Request, drain: DrainWatch) -> Option<Carrying> {
         if self.revoked.is_cancelled() {
             return self.refuse(request, StatusCode::UNAUTHORIZED, &PEER_REVOKED);
         }
@@ -149,44 +152,44 @@ impl Tunnel {
             forwarded_host: headers.forwarded_host.as_deref(),
             header_to: self.node.options.header_to,
         };
-        // What opening needs is not kept for as long as the connection lives.
-        match Box::pin(decide(&self.node, |view| admit::admit(view, &inbound))).await {
+        match decide(&self.node, |view| admit::admit(view, &inbound)).await {
             Ok(mut admission) => {
                 if !self.pod.keeps_clients {
                     admission.from = DialFrom::Own;
                 }
-                self.judge(request, &local, &authority, &headers, admission, drain).await;
+                self.judge(request, &local, &authority, &headers, admission, drain).await
             }
             Err(refusal) => {
                 let status = StatusCode::from_u16(refusal.status());
                 let status = status.unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
-                self.refuse(request, status, &refusal);
+                self.refuse(request, status, &refusal)
             }
         }
     }
 
     async fn judge(
-        &self,
+        self: Arc<Self>,
         request: Request,
         local: &Arc<Workload>,
         authority: &Authority,
         headers: &ReceivedHeaders,
         admission: Admission,
         drain: DrainWatch,
-    ) {
+    ) -> Option<Carrying> {
         let open = self.open(local, authority, headers, &admission);
         let guard = self.register(headers, local, &admission, &open);
         let permit = match self.node.authorize(local, &admission.connection) {
             Ok(permit) => permit,
             Err(denied) => return deny(request, open, &denied),
         };
-        guard.entry().permitted(permit.to_string());
+        guard.entry().permitted(permit.by());
         let server = match session::deliver(&self.pod, &admission, permit).await {
             Ok(server) => server,
             Err(error) => {
                 request.refuse(StatusCode::SERVICE_UNAVAILABLE, HeaderMap::new());
                 let error = format!("connection failed: {error}");
-                return open.close(Err(Failure::new(ResponseFlag::Connect, error)));
+                open.close(Err(Failure::new(ResponseFlag::Connect, error)));
+                return None;
             }
         };
         let described = self.node.options.response_baggage.then(|| Baggage::of(local).to_string());
@@ -194,13 +197,17 @@ impl Tunnel {
             Ok(stream) => stream,
             Err(error) => {
                 let error = error.to_string();
-                return open.close(Err(Failure::new(ResponseFlag::H2HandshakeFailure, error)));
+                open.close(Err(Failure::new(ResponseFlag::H2HandshakeFailure, error)));
+                return None;
             }
         };
-        let ends = Ends::of(&guard, drain, &self.pod).in_tunnel(self.revoked.clone());
-        let closing = pin!(ends.wait());
-        let relayed = relay::hbone_tcp(stream, server, open.counters(), closing).await;
-        open.close(session::outcome(relayed));
+        let mut relay = relay::hbone_tcp(stream, server, open.counters());
+        Some(Box::pin(async move {
+            let ends = Ends::of(&guard, drain, &self.pod).in_tunnel(self.revoked.clone());
+            let closing = pin!(ends.wait());
+            let relayed = relay.run(closing).await;
+            open.close(session::outcome(relayed));
+        }))
     }
 
     fn open(
@@ -225,7 +232,7 @@ impl Tunnel {
             reporter: Reporter::Destination,
             source,
             source_identity: Some(self.identity.clone()),
-            baggage: baggage.map(described),
+            baggage: baggage.map(described).map(Box::new),
             destination: Some(local.clone()),
             destination_identity: None,
             service: admission.service.clone(),
@@ -246,31 +253,35 @@ impl Tunnel {
         self.node.connections.register(LiveConnection {
             direction: Direction::Inbound,
             protocol: Protocol::Hbone,
-            src: self.peer,
+            about: open.context().clone(),
             original_dst: headers.forwarded_host.clone(),
             actual_dst: admission.to.addr(),
             pod: self.pod.uid.clone(),
             workload: local.uid.clone(),
             connection: Some(admission.connection.clone()),
-            source_identity: Some(self.identity.clone()),
-            destination_identity: Some(local.identity()),
-            service: admission.service.as_ref().map(|service| service.hostname.clone()),
             counters: open.counters(),
         })
     }
 
     /// Refuses what never became a connection.
-    fn refuse(&self, request: Request, status: StatusCode, why: &dyn std::fmt::Display) {
+    fn refuse<T>(
+        &self,
+        request: Request,
+        status: StatusCode,
+        why: &dyn std::fmt::Display,
+    ) -> Option<T> {
         let own = SocketAddr::new(self.addressed, culvert_core::addr::HBONE_PORT);
         self.node.telemetry.failed_early(Reporter::Destination, self.peer, own, why);
         request.refuse(status, HeaderMap::new());
+        None
     }
 }
 
-fn deny(request: Request, open: OpenConnection, denied: &Denied) {
+fn deny<T>(request: Request, open: OpenConnection, denied: &Denied) -> Option<T> {
     request.refuse(StatusCode::UNAUTHORIZED, session::denied_headers(denied));
     let error = format!("connection closed due to policy rejection: {denied}");
     open.close(Err(Failure::denied(error, denial(denied))));
+    None
 }
 
 /// What a peer says of its workload, as telemetry names it.

@@ -58,7 +58,8 @@ pub(super) async fn carry(
                 .map(|admission| (None, admission))
                 .map_err(NotAdmitted::from)
         }
-        From::Neighbour => arrival.admit_direct(addressed).await,
+        // Few come this way: it takes no room in the others' tasks.
+        From::Neighbour => Box::pin(arrival.admit_direct(addressed)).await,
     };
     match admitted {
         Ok((source, admission)) => arrival.judge(tcp, source, admission).await,
@@ -133,29 +134,26 @@ impl Arrival<'_> {
         let open = node.telemetry.open(ConnectionContext {
             reporter: Reporter::Destination,
             source: proven.or_else(|| snapshot.workload_at(&node.network, peer.ip()).cloned()),
-            source_identity: source_identity.clone(),
+            mutual_tls: source_identity.is_some(),
+            source_identity,
             baggage: None,
             destination: Some(local.clone()),
-            destination_identity: destination_identity.clone(),
+            destination_identity,
             service: admission.service.clone(),
             src: peer,
             dst: to,
             hbone_addr: None,
-            mutual_tls: source_identity.is_some(),
         });
         drop(snapshot);
         let guard = node.connections.register(LiveConnection {
             direction: Direction::Inbound,
             protocol: Protocol::Tcp,
-            src: peer,
+            about: open.context().clone(),
             original_dst: None,
             actual_dst: to,
             pod: pod.uid.clone(),
             workload: local.uid.clone(),
             connection: Some(admission.connection.clone()),
-            source_identity,
-            destination_identity,
-            service: admission.service.as_ref().map(|service| service.hostname.clone()),
             counters: open.counters(),
         });
         let permit = match node.authorize(&local, &admission.connection) {
@@ -166,7 +164,7 @@ impl Arrival<'_> {
                 return open.close(Err(Failure::denied(error, denial(&denied))));
             }
         };
-        guard.entry().permitted(permit.to_string());
+        guard.entry().permitted(permit.by());
         let server = match session::deliver(pod, &admission, permit).await {
             Ok(server) => server,
             Err(error) => {
@@ -175,7 +173,8 @@ impl Arrival<'_> {
                 return open.close(Err(Failure::new(ResponseFlag::Connect, error)));
             }
         };
-        let closing = pin!(Ends::of(&guard, drain, pod).wait());
+        let ends = Ends::of(&guard, drain, pod);
+        let closing = pin!(ends.wait());
         let counters = open.counters();
         let relayed = relay::tcp_tcp(tcp, server, &*counters, closing).await;
         open.close(session::outcome(relayed));

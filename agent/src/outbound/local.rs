@@ -25,7 +25,7 @@ use crate::session::{self, Both, Ends};
 use crate::telemetry::{ConnectionContext, Failure, OpenConnection, Reporter, ResponseFlag};
 
 pub(super) async fn carry(
-    captured: Captured<'_>,
+    captured: Captured,
     to: AppAddr,
     destination: Arc<Workload>,
     pod: Arc<Pod>,
@@ -33,19 +33,20 @@ pub(super) async fn carry(
     let flow = Flow { captured, to, destination };
     let identities = (flow.captured.source.identity(), flow.destination.identity());
     let source = flow.open_source(&identities);
-    let guard = flow.register_source(&identities, &source);
-    let admission = match flow.admit(&identities).await {
+    let guard = flow.register_source(&source);
+    // What opening needs is not kept for as long as the connection lives.
+    let admission = match Box::pin(flow.admit(&identities)).await {
         Ok(admission) => admission,
         Err(error) => return refuse(flow.captured.tcp, source, error.into()),
     };
     let inbound = flow.open_destination(&identities, &admission);
-    let inbound_guard = flow.register_destination(&pod, &identities, &admission, &inbound);
-    let node = flow.captured.node;
+    let inbound_guard = flow.register_destination(&pod, &admission, &inbound);
+    let node = &flow.captured.node;
     let permit = match node.authorize(&flow.destination, &admission.connection) {
         Ok(permit) => permit,
         Err(denied) => return deny(flow.captured.tcp, source, inbound, &denied),
     };
-    inbound_guard.entry().permitted(permit.to_string());
+    inbound_guard.entry().permitted(permit.by());
     let server = match session::deliver(&pod, &admission, permit).await {
         Ok(server) => server,
         Err(error) => {
@@ -55,11 +56,11 @@ pub(super) async fn carry(
         }
     };
     if let Some(direct) = &node.direct {
-        direct.offer(flow.captured.pod, flow.captured.original);
+        direct.offer(&flow.captured.pod, flow.captured.original);
     }
-    let Captured { tcp, drain, pod: own, .. } = flow.captured;
+    let Captured { tcp, drain, pod: own, _open, .. } = flow.captured;
     let (leaving, arriving) =
-        (Ends::of(&guard, drain.clone(), own), Ends::of(&inbound_guard, drain, &pod));
+        (Ends::of(&guard, drain.clone(), &own), Ends::of(&inbound_guard, drain, &pod));
     let closing = pin!(either(leaving, arriving));
     let (ours, theirs) = (source.counters(), inbound.counters());
     let relayed = relay::tcp_tcp(tcp, server, &Both(&ours, &theirs), closing).await;
@@ -75,19 +76,19 @@ async fn either(leaving: Ends<'_>, arriving: Ends<'_>) -> CloseReason {
     }
 }
 
-struct Flow<'a> {
-    captured: Captured<'a>,
+struct Flow {
+    captured: Captured,
     to: AppAddr,
     destination: Arc<Workload>,
 }
 
-impl Flow<'_> {
+impl Flow {
     /// What has to hold before the destination's policies are asked.
     async fn admit(
         &self,
         (source, destination): &(Identity, Identity),
     ) -> Result<Admission, NotAdmitted> {
-        let node: &Node = self.captured.node;
+        let node: &Node = &self.captured.node;
         // No wire, and still no traffic without valid certificates: a pod whose identity can no
         // longer be proven elsewhere has none here.
         for identity in [source, destination] {
@@ -143,20 +144,17 @@ impl Flow<'_> {
         })
     }
 
-    fn register_source(&self, identities: &(Identity, Identity), open: &OpenConnection) -> Guard {
-        let (src, pod) = (self.captured.client.addr(), self.captured.pod);
+    fn register_source(&self, open: &OpenConnection) -> Guard {
+        let pod = &self.captured.pod;
         self.captured.node.connections.register(LiveConnection {
             direction: Direction::Outbound,
             protocol: Protocol::Local,
-            src,
+            about: open.context().clone(),
             original_dst: Some(self.captured.original.to_string()),
             actual_dst: self.to.addr(),
             pod: pod.uid.clone(),
             workload: self.captured.source.uid.clone(),
             connection: None,
-            source_identity: Some(identities.0.clone()),
-            destination_identity: Some(identities.1.clone()),
-            service: self.captured.service.as_ref().map(|service| service.hostname.clone()),
             counters: open.counters(),
         })
     }
@@ -164,22 +162,18 @@ impl Flow<'_> {
     fn register_destination(
         &self,
         pod: &Pod,
-        identities: &(Identity, Identity),
         admission: &Admission,
         open: &OpenConnection,
     ) -> Guard {
         self.captured.node.connections.register(LiveConnection {
             direction: Direction::Inbound,
             protocol: Protocol::Local,
-            src: self.captured.client.addr(),
+            about: open.context().clone(),
             original_dst: Some(self.captured.original.to_string()),
             actual_dst: admission.to.addr(),
             pod: pod.uid.clone(),
             workload: self.destination.uid.clone(),
             connection: Some(admission.connection.clone()),
-            source_identity: Some(identities.0.clone()),
-            destination_identity: Some(identities.1.clone()),
-            service: admission.service.as_ref().map(|service| service.hostname.clone()),
             counters: open.counters(),
         })
     }

@@ -14,9 +14,8 @@ use crate::relay;
 use crate::session::{self, Ends};
 use crate::telemetry::{ConnectionContext, Failure, Reporter, ResponseFlag};
 
-pub(super) async fn carry(captured: Captured<'_>, to: AppAddr, workload: Option<Arc<Workload>>) {
-    let Captured { node, pod, tcp, client, original, source, service, drain } = captured;
-    let hostname = service.as_ref().map(|service| service.hostname.clone());
+pub(super) async fn carry(captured: Captured, to: AppAddr, workload: Option<Arc<Workload>>) {
+    let Captured { node, pod, tcp, client, original, source, service, drain, _open } = captured;
     let open = node.telemetry.open(ConnectionContext {
         reporter: Reporter::Source,
         source: Some(source.clone()),
@@ -33,15 +32,12 @@ pub(super) async fn carry(captured: Captured<'_>, to: AppAddr, workload: Option<
     let guard = node.connections.register(LiveConnection {
         direction: Direction::Outbound,
         protocol: Protocol::Tcp,
-        src: client.addr(),
+        about: open.context().clone(),
         original_dst: Some(original.to_string()),
         actual_dst: to.addr(),
         pod: pod.uid.clone(),
         workload: source.uid.clone(),
         connection: None,
-        source_identity: None,
-        destination_identity: None,
-        service: hostname,
         counters: open.counters(),
     });
     let server = match dial::dial_out(&pod.netns, &node.capture, None, to.addr()).await {
@@ -55,7 +51,8 @@ pub(super) async fn carry(captured: Captured<'_>, to: AppAddr, workload: Option<
             return open.close(Err(Failure::new(ResponseFlag::Connect, error)));
         }
     };
-    let closing = pin!(Ends::of(&guard, drain, pod).wait());
+    let ends = Ends::of(&guard, drain, &pod);
+    let closing = pin!(ends.wait());
     let counters = open.counters();
     let relayed = relay::tcp_tcp(tcp, server, &*counters, closing).await;
     open.close(session::outcome(relayed));

@@ -26,12 +26,17 @@ use crate::hbone::{Dialled, First, HboneStream, PoolKey};
 use crate::node::Node;
 use crate::pods::Pod;
 use crate::relay::{self, RelayError, Tcp};
-use crate::session::{self, DENIED_BY, Ends};
+use crate::session::{self, Carrying, DENIED_BY, Ends};
 use crate::telemetry::{ConnectionContext, Failure, Reporter, ResponseFlag};
 use crate::tls::{self, TlsError, TlsStream, WorkloadCertificate};
 
-pub(super) async fn carry(captured: Captured<'_>, tunnel: Tunnel, next_hop: Arc<Workload>) {
-    let Captured { node, pod, tcp, client, original, source, service, drain } = captured;
+/// Opens the tunnel; what is given carries the connection.
+pub(super) async fn open(
+    captured: Captured,
+    tunnel: Tunnel,
+    next_hop: Arc<Workload>,
+) -> Option<Carrying> {
+    let Captured { node, pod, tcp, client, original, source, service, drain, _open } = captured;
     let identity = source.identity();
     let hostname = service.as_ref().map(|service| service.hostname.clone());
     let open = node.telemetry.open(ConnectionContext {
@@ -39,7 +44,7 @@ pub(super) async fn carry(captured: Captured<'_>, tunnel: Tunnel, next_hop: Arc<
         source: Some(source.clone()),
         source_identity: Some(identity.clone()),
         baggage: None,
-        destination: Some(next_hop.clone()),
+        destination: Some(next_hop),
         destination_identity: None,
         service,
         src: client.addr(),
@@ -53,34 +58,46 @@ pub(super) async fn carry(captured: Captured<'_>, tunnel: Tunnel, next_hop: Arc<
             Some(_) => Protocol::DoubleHbone,
             None => Protocol::Hbone,
         },
-        src: client.addr(),
+        about: open.context().clone(),
         original_dst: Some(original.to_string()),
         actual_dst: tunnel.via.addr(),
         pod: pod.uid.clone(),
         workload: source.uid.clone(),
         connection: None,
-        source_identity: Some(identity.clone()),
-        destination_identity: Some(next_hop.identity()),
-        service: hostname.clone(),
         counters: open.counters(),
     });
-    let caller = Caller { node, pod, source: &source, identity, client: client.addr(), hostname };
+    let caller = Caller {
+        node: &node,
+        pod: &pod,
+        source: &source,
+        identity,
+        client: client.addr(),
+        hostname,
+    };
     // Without a tunnel it ends with a reset.
     let tcp = Tcp::accepted(tcp);
     let mut first = First::of(&tcp);
-    // What opening needs, with a handshake in it, is not kept for as long as the connection lives.
-    let Opened { stream, cut_off } = match Box::pin(caller.open(&tunnel, &mut first)).await {
+    let Opened { stream, cut_off } = match caller.open(&tunnel, &mut first).await {
         Ok(opened) => opened,
         Err(TunnelError::Client(error)) => {
-            return open.close(session::outcome(Err(RelayError::Client(error))));
+            open.close(session::outcome(Err(RelayError::Client(error))));
+            return None;
         }
-        Err(error) => return open.close(Err(error.into())),
+        Err(error) => {
+            open.close(Err(error.into()));
+            return None;
+        }
     };
     open.counters().add_received(first.count());
     drop(first);
-    let closing = pin!(Ends::of(&guard, drain, pod).in_tunnel(cut_off).wait());
-    let relayed = relay::tcp_hbone(tcp, stream, open.counters(), closing).await;
-    open.close(session::outcome(relayed));
+    let mut relay = relay::tcp_hbone(tcp, stream, open.counters());
+    Some(Box::pin(async move {
+        let _open = _open;
+        let ends = Ends::of(&guard, drain, &pod).in_tunnel(cut_off);
+        let closing = pin!(ends.wait());
+        let relayed = relay.run(closing).await;
+        open.close(session::outcome(relayed));
+    }))
 }
 
 /// Who opens a tunnel, and for what.
@@ -113,13 +130,14 @@ impl Caller<'_> {
             source_ip: self.client.ip(),
         };
         let headers = self.headers(tunnel, None);
-        let dial = || self.dial(tunnel.via, &tunnel.expect, &certificate);
+        // Most find a tunnel that is there.
+        let dial = || Box::pin(self.dial(tunnel.via, &tunnel.expect, &certificate));
         let Some(inner) = &tunnel.inner else {
             let accepted = self.pod.pool.connect_sending(first, &key, &headers, dial).await?;
             return Ok(Opened { stream: accepted.stream, cut_off: accepted.cut_off });
         };
         let outer = self.pod.pool.connect(&key, &headers, dial).await?;
-        self.open_inner(inner, outer, &certificate, first).await
+        Box::pin(self.open_inner(inner, outer, &certificate, first)).await
     }
 
     /// One TLS and HTTP/2 connection per user connection, within the byte stream of the outer one:

@@ -83,8 +83,8 @@ async fn join(path: Path) -> Joined {
         }
         Path::Tunnel => {
             let (pool, stream) = tunnel(upstream, far_counts.clone()).await;
-            let relay =
-                async move { tcp_hbone(Tcp::new(downstream), stream, counts, closing).await };
+            let downstream = Tcp::new(downstream);
+            let relay = async move { tcp_hbone(downstream, stream, counts).run(closing).await };
             (tokio::spawn(relay), Some(pool))
         }
     };
@@ -101,7 +101,7 @@ async fn tunnel(upstream: TcpStream, counts: Arc<Counts>) -> (Pool, HboneStream)
             let counts = counts.clone();
             async move {
                 let stream = request.accept(None).unwrap();
-                let _ = hbone_tcp(stream, upstream, counts, pending::<&str>()).await;
+                let _ = hbone_tcp(stream, upstream, counts).run(pending::<&str>()).await;
             }
         };
         let _ = serve(far, &Settings::default(), handler, pending()).await;

@@ -5,14 +5,12 @@
 
 use std::future::Future;
 use std::io::{self, IoSlice};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 
-use tokio::net::TcpStream;
-
 use super::tcp::{self, Tcp};
-use super::{Count, RelayError};
+use super::{Counters, RelayError};
 use crate::hbone::{HboneStream, Reason, Sink, StreamError, TransferError};
 
 /// The largest DATA frame sent. With its header it fills four TLS records. Larger ones gain nothing
@@ -28,39 +26,55 @@ const TURN: usize = 16;
 /// Chunks written with one system call.
 const SLICES: usize = 16;
 
-pub(super) enum End<C> {
+/// Which side of the relayed connection the application is.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Side {
+    /// It opened the connection.
+    Client,
+    Server,
+}
+
+enum End<C> {
     Tcp(io::Error),
     Tunnel(StreamError),
     Closed(C),
 }
 
-impl<C> End<C> {
-    /// As the relay's error, with `tcp` saying which side the TCP connection is.
-    pub(super) fn with(self, tcp: impl FnOnce(io::Error) -> RelayError<C>) -> RelayError<C> {
-        match self {
-            End::Tcp(error) => tcp(error),
-            End::Tunnel(error) => RelayError::Tunnel(error),
-            End::Closed(reason) => RelayError::Closed(reason),
-        }
-    }
-}
-
-enum Side {
+enum Failure {
     Tcp(io::Error),
     Tunnel(StreamError),
 }
 
-/// Takes what comes out of a tunnel straight to the application.
-struct Downloads<D> {
-    tcp: Arc<Tcp>,
-    count: D,
+/// The application's connection. It takes what comes out of the tunnel as it comes.
+struct Application<K> {
+    tcp: Tcp,
+    side: Side,
+    counters: Arc<K>,
 }
 
-impl<D: Fn(u64) + Send + Sync> Sink for Downloads<D> {
+impl<K: Counters> Application<K> {
+    /// `bytes` went into the tunnel.
+    fn uploaded(&self, bytes: usize) {
+        match self.side {
+            Side::Client => self.counters.received(bytes as u64),
+            Side::Server => self.counters.sent(bytes as u64),
+        }
+    }
+
+    /// `bytes` came out of the tunnel.
+    fn downloaded(&self, bytes: usize) {
+        match self.side {
+            Side::Client => self.counters.sent(bytes as u64),
+            Side::Server => self.counters.received(bytes as u64),
+        }
+    }
+}
+
+impl<K: Counters + Send + Sync> Sink for Application<K> {
     fn take(&self, bytes: &[u8]) -> io::Result<usize> {
         match self.tcp.stream().try_write(bytes) {
             Ok(count) => {
-                (self.count)(count as u64);
+                self.downloaded(count);
                 Ok(count)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
@@ -69,80 +83,91 @@ impl<D: Fn(u64) + Send + Sync> Sink for Downloads<D> {
     }
 }
 
-/// Relays until both directions have finished or one has failed. `upload` counts bytes that went
-/// into the tunnel, `download` those that came out.
-pub(super) async fn relay<C>(
-    tcp: Tcp,
-    mut stream: HboneStream,
-    upload: impl Fn(u64),
-    download: impl Count,
-    closing: impl Future<Output = C>,
-) -> Result<(), End<C>> {
-    let tcp = Arc::new(tcp);
-    stream.deliver_to(Arc::new(Downloads { tcp: tcp.clone(), count: download.clone() }));
-    let mut relay = Relay {
-        tcp: tcp.stream(),
-        stream,
-        upload,
-        download,
-        uploading: true,
-        downloading: true,
-        bulk: false,
-    };
-    let mut closing = pin!(closing);
-    let mut broken = pin!(tcp::broken(tcp.stream()));
-    let result = std::future::poll_fn(|cx| {
-        if let Poll::Ready(reason) = closing.as_mut().poll(cx) {
-            return Poll::Ready(Err(End::Closed(reason)));
-        }
-        match relay.poll(cx) {
-            Poll::Ready(Err(Side::Tcp(error))) => return Poll::Ready(Err(End::Tcp(error))),
-            Poll::Ready(Err(Side::Tunnel(error))) => return Poll::Ready(Err(End::Tunnel(error))),
-            Poll::Ready(Ok(())) => return Poll::Ready(Ok(())),
-            Poll::Pending => {}
-        }
-        broken.as_mut().poll(cx).map(|error| Err(End::Tcp(error)))
-    })
-    .await;
-    match &result {
-        Ok(()) => tcp.finished(),
-        Err(End::Tcp(_)) => {
-            relay.upload_rest();
-            relay.stream.reset(Reason::CONNECT_ERROR);
-        }
-        Err(End::Closed(_)) => {
-            relay.stream.reset(Reason::CANCEL);
-            Box::pin(tcp.reset_last()).await;
-        }
-        Err(End::Tunnel(_)) => {
-            relay.download_rest();
-            Box::pin(tcp.reset_last()).await;
-        }
-    }
-    result
-}
-
-impl From<TransferError> for Side {
-    fn from(error: TransferError) -> Self {
-        match error {
-            TransferError::User(error) => Side::Tcp(error),
-            TransferError::Stream(error) => Side::Tunnel(error),
-        }
-    }
-}
-
-struct Relay<'a, U, D> {
-    tcp: &'a TcpStream,
+/// Relays between an application's connection and a tunnel.
+///
+/// Dropping it before [`TunnelRelay::run`] has ended resets both.
+pub struct TunnelRelay<K> {
+    application: Arc<Application<K>>,
     stream: HboneStream,
-    upload: U,
-    download: D,
     uploading: bool,
     downloading: bool,
     bulk: bool,
+    /// Waits for bytes of the application, and so for a reset by it.
+    listening: bool,
 }
 
-impl<U: Fn(u64), D: Count> Relay<'_, U, D> {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Side>> {
+impl<K: Counters + Send + Sync + 'static> TunnelRelay<K> {
+    pub(super) fn new(tcp: Tcp, side: Side, mut stream: HboneStream, counters: Arc<K>) -> Self {
+        let application = Arc::new(Application { tcp, side, counters });
+        stream.deliver_to(application.clone());
+        Self {
+            application,
+            stream,
+            uploading: true,
+            downloading: true,
+            bulk: false,
+            listening: false,
+        }
+    }
+
+    /// Relays until both directions have finished or one has failed, once.
+    ///
+    /// When `closing` is ready, the stream is reset with CANCEL and the application's connection
+    /// reset.
+    pub async fn run<C>(&mut self, closing: impl Future<Output = C>) -> Result<(), RelayError<C>> {
+        let result = self.run_to_end(closing).await;
+        let tcp = &self.application.tcp;
+        match &result {
+            Ok(()) => tcp.finished(),
+            Err(End::Tcp(_)) => {
+                self.upload_rest();
+                self.stream.reset(Reason::CONNECT_ERROR);
+            }
+            Err(End::Closed(_)) => {
+                self.stream.reset(Reason::CANCEL);
+                Box::pin(tcp.reset_last()).await;
+            }
+            Err(End::Tunnel(_)) => {
+                self.download_rest();
+                Box::pin(self.application.tcp.reset_last()).await;
+            }
+        }
+        result.map_err(|end| match (end, self.application.side) {
+            (End::Tcp(error), Side::Client) => RelayError::Client(error),
+            (End::Tcp(error), Side::Server) => RelayError::Server(error),
+            (End::Tunnel(error), _) => RelayError::Tunnel(error),
+            (End::Closed(reason), _) => RelayError::Closed(reason),
+        })
+    }
+
+    async fn run_to_end<C>(&mut self, closing: impl Future<Output = C>) -> Result<(), End<C>> {
+        let application = self.application.clone();
+        let mut closing = pin!(closing);
+        // An idle connection needs none.
+        let mut broken: Option<Pin<Box<dyn Future<Output = io::Error> + Send>>> = None;
+        std::future::poll_fn(|cx| {
+            if let Poll::Ready(reason) = closing.as_mut().poll(cx) {
+                return Poll::Ready(Err(End::Closed(reason)));
+            }
+            match self.poll(cx) {
+                Poll::Ready(Err(Failure::Tcp(error))) => return Poll::Ready(Err(End::Tcp(error))),
+                Poll::Ready(Err(Failure::Tunnel(error))) => {
+                    return Poll::Ready(Err(End::Tunnel(error)));
+                }
+                Poll::Ready(Ok(())) => return Poll::Ready(Ok(())),
+                Poll::Pending => {}
+            }
+            if self.uploading && self.listening && broken.is_none() {
+                return Poll::Pending;
+            }
+            let broken =
+                broken.get_or_insert_with(|| Box::pin(tcp::broken(application.tcp.stream())));
+            broken.as_mut().poll(cx).map(|error| Err(End::Tcp(error)))
+        })
+        .await
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failure>> {
         if self.downloading && self.poll_download(cx)?.is_ready() {
             self.downloading = false;
         }
@@ -152,15 +177,17 @@ impl<U: Fn(u64), D: Count> Relay<'_, U, D> {
         if self.uploading || self.downloading { Poll::Pending } else { Poll::Ready(Ok(())) }
     }
 
-    fn poll_upload(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Side>> {
+    fn poll_upload(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failure>> {
+        self.listening = false;
         for _ in 0..TURN {
-            let readable = self.tcp.poll_read_ready(cx).map_err(Side::Tcp)?;
+            let readable =
+                self.application.tcp.stream().poll_read_ready(cx).map_err(Failure::Tcp)?;
             if readable.is_pending() {
-                self.bulk = false;
+                (self.bulk, self.listening) = (false, true);
                 return self.poll_reset_while_idle(cx);
             }
             let wanted = if self.bulk { CHUNK } else { SMALL };
-            let tcp = self.tcp;
+            let tcp = self.application.tcp.stream();
             match ready!(self.stream.poll_send(cx, wanted, |buffer| tcp::read(tcp, buffer))) {
                 Ok(0) => {
                     return Poll::Ready(match self.stream.finish() {
@@ -170,10 +197,10 @@ impl<U: Fn(u64), D: Count> Relay<'_, U, D> {
                 }
                 Ok(count) => {
                     self.bulk = count >= SMALL;
-                    (self.upload)(count as u64);
+                    self.application.uploaded(count);
                 }
                 Err(TransferError::User(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(TransferError::User(error)) => return Poll::Ready(Err(Side::Tcp(error))),
+                Err(TransferError::User(error)) => return Poll::Ready(Err(Failure::Tcp(error))),
                 Err(TransferError::Stream(error)) => {
                     return Poll::Ready(self.upload_failure(error));
                 }
@@ -184,7 +211,7 @@ impl<U: Fn(u64), D: Count> Relay<'_, U, D> {
     }
 
     /// The receiving direction reports a reset by itself, until it has finished.
-    fn poll_reset_while_idle(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Side>> {
+    fn poll_reset_while_idle(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failure>> {
         if !self.stream.is_receiving_finished() {
             return Poll::Pending;
         }
@@ -194,10 +221,10 @@ impl<U: Fn(u64), D: Count> Relay<'_, U, D> {
 
     /// A peer that has sent all it had may say that it needs no more from us (RFC 9113 section
     /// 8.1). The application notices when it writes to a closed connection.
-    fn upload_failure(&self, error: StreamError) -> Result<(), Side> {
+    fn upload_failure(&self, error: StreamError) -> Result<(), Failure> {
         match error {
             StreamError::Reset(Reason::NO_ERROR) if self.stream.is_receiving_finished() => Ok(()),
-            error => Err(Side::Tunnel(error)),
+            error => Err(Failure::Tunnel(error)),
         }
     }
 
@@ -208,11 +235,11 @@ impl<U: Fn(u64), D: Count> Relay<'_, U, D> {
             return;
         }
         let mut cx = Context::from_waker(Waker::noop());
-        let tcp = self.tcp;
+        let tcp = self.application.tcp.stream();
         for _ in 0..TURN {
             let read = |buffer: &mut [u8]| Ok(tcp::read_now(tcp, buffer).unwrap_or_default());
             match self.stream.poll_send(&mut cx, SMALL, read) {
-                Poll::Ready(Ok(count)) if count > 0 => (self.upload)(count as u64),
+                Poll::Ready(Ok(count)) if count > 0 => self.application.uploaded(count),
                 _ => return,
             }
         }
@@ -226,42 +253,57 @@ impl<U: Fn(u64), D: Count> Relay<'_, U, D> {
             let mut slices = [IoSlice::new(&[])];
             self.stream.received(&mut slices);
             let [data] = slices;
-            let Some(count) = tcp::write_now(self.tcp, &data) else { return };
+            let Some(count) = tcp::write_now(self.application.tcp.stream(), &data) else { return };
             self.stream.consume(count);
-            (self.download)(count as u64);
+            self.application.downloaded(count);
         }
     }
 
-    fn poll_download(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Side>> {
+    fn poll_download(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failure>> {
         for _ in 0..TURN {
             // Taken in also while the application is slow, to learn of a reset.
             let end = self.stream.poll_fill(cx);
             if !self.stream.has_received() {
-                ready!(end).map_err(Side::from)?;
-                return Poll::Ready(match tcp::shutdown_write(self.tcp) {
+                ready!(end).map_err(Failure::from)?;
+                return Poll::Ready(match tcp::shutdown_write(self.application.tcp.stream()) {
                     Err(error) if error.kind() != io::ErrorKind::NotConnected => {
-                        Err(Side::Tcp(error))
+                        Err(Failure::Tcp(error))
                     }
                     _ => Ok(()),
                 });
             }
             let mut slices = [IoSlice::new(&[]); SLICES];
             let filled = self.stream.received(&mut slices);
-            match self.tcp.try_write_vectored(slices.get(..filled).unwrap_or_default()) {
+            match self
+                .application
+                .tcp
+                .stream()
+                .try_write_vectored(slices.get(..filled).unwrap_or_default())
+            {
                 Ok(count) => {
                     self.stream.consume(count);
-                    (self.download)(count as u64);
+                    self.application.downloaded(count);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if let Poll::Ready(Err(error)) = end {
                         return Poll::Ready(Err(error.into()));
                     }
-                    ready!(self.tcp.poll_write_ready(cx)).map_err(Side::Tcp)?;
+                    ready!(self.application.tcp.stream().poll_write_ready(cx))
+                        .map_err(Failure::Tcp)?;
                 }
-                Err(error) => return Poll::Ready(Err(Side::Tcp(error))),
+                Err(error) => return Poll::Ready(Err(Failure::Tcp(error))),
             }
         }
         cx.waker().wake_by_ref();
         Poll::Pending
+    }
+}
+
+impl From<TransferError> for Failure {
+    fn from(error: TransferError) -> Self {
+        match error {
+            TransferError::User(error) => Failure::Tcp(error),
+            TransferError::Stream(error) => Failure::Tunnel(error),
+        }
     }
 }

@@ -152,20 +152,13 @@ fn destination_cluster(context: &ConnectionContext) -> Option<&str> {
 }
 
 fn destination_identity(context: &ConnectionContext) -> Option<String> {
-    if !context.mutual_tls {
-        return None;
-    }
-    match (&context.destination_identity, &context.destination) {
-        (Some(identity), _) => Some(identity.to_string()),
-        (None, Some(workload)) => Some(workload.identity().to_string()),
-        (None, None) => None,
-    }
+    context.told_destination_identity().map(|identity| identity.to_string())
 }
 
 fn source_baggage(context: &ConnectionContext) -> Option<&super::context::Baggage> {
-    context.baggage.as_ref().filter(|_| context.reporter == Reporter::Destination)
+    context.baggage.as_deref().filter(|_| context.reporter == Reporter::Destination)
 }
 
 fn destination_baggage(context: &ConnectionContext) -> Option<&super::context::Baggage> {
-    context.baggage.as_ref().filter(|_| context.reporter == Reporter::Source)
+    context.baggage.as_deref().filter(|_| context.reporter == Reporter::Source)
 }

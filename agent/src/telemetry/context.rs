@@ -19,7 +19,7 @@ pub struct ConnectionContext {
     pub source_identity: Option<Identity>,
     /// What the peer says about itself. [`Reporter::Destination`] uses it for a source unknown by
     /// address, [`Reporter::Source`] in place of the destination (double HBONE).
-    pub baggage: Option<Baggage>,
+    pub baggage: Option<Box<Baggage>>,
     /// The next hop: the waypoint or gateway if there is one; the local pod for
     /// [`Reporter::Destination`].
     pub destination: Option<Arc<Workload>>,
@@ -34,6 +34,15 @@ pub struct ConnectionContext {
     pub hbone_addr: Option<Authority>,
     /// Whether the connection travels in HBONE or double HBONE.
     pub mutual_tls: bool,
+}
+
+impl ConnectionContext {
+    /// The destination's identity, where it is told.
+    pub fn told_destination_identity(&self) -> Option<Identity> {
+        let known = || self.destination_identity.clone();
+        let configured = || self.destination.as_ref().map(|workload| workload.identity());
+        known().or_else(configured).filter(|_| self.mutual_tls)
+    }
 }
 
 /// Which end of a connection tells of it.

@@ -13,7 +13,7 @@ use super::series::{ByteCounters, Series};
 #[derive(Debug)]
 pub struct OpenConnection {
     telemetry: Telemetry,
-    context: ConnectionContext,
+    context: Arc<ConnectionContext>,
     series: Arc<Series>,
     counters: Arc<ByteCounters>,
     opened: Instant,
@@ -31,6 +31,7 @@ impl OpenConnection {
         let counters = series.open();
         access::opened(&context);
         let opened = Instant::now();
+        let context = Arc::new(context);
         Self { telemetry, context, series, counters, opened, lasted: None, settled: false }
     }
 
@@ -40,7 +41,7 @@ impl OpenConnection {
         self.counters.clone()
     }
 
-    pub fn context(&self) -> &ConnectionContext {
+    pub fn context(&self) -> &Arc<ConnectionContext> {
         &self.context
     }
 

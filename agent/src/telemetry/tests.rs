@@ -396,7 +396,7 @@ fn baggage() -> Baggage {
 #[test]
 fn a_source_unknown_by_address_is_told_by_its_baggage() {
     let told = told(|telemetry| {
-        let baggage = Some(baggage());
+        let baggage = Some(Box::new(baggage()));
         let context = ConnectionContext { source: None, baggage, ..hbone(Reporter::Destination) };
         one_request(telemetry, context);
     });
@@ -417,7 +417,7 @@ fn a_source_unknown_by_address_is_told_by_its_baggage() {
 #[test]
 fn a_source_known_by_address_wins_over_its_baggage() {
     let told = told(|telemetry| {
-        let baggage = Some(baggage());
+        let baggage = Some(Box::new(baggage()));
         one_request(telemetry, ConnectionContext { baggage, ..hbone(Reporter::Destination) });
     });
     let labels = [("source_workload", "front"), ("source_cluster", "c1")];
@@ -428,7 +428,7 @@ fn a_source_known_by_address_wins_over_its_baggage() {
 fn baggage_of_the_answer_replaces_the_destination_at_the_source() {
     let told = told(|telemetry| {
         let context = ConnectionContext {
-            baggage: Some(baggage()),
+            baggage: Some(Box::new(baggage())),
             destination_identity: Some(Identity::new("far.local", "far", "teller")),
             ..hbone(Reporter::Source)
         };

@@ -108,7 +108,7 @@ impl ConnectionDump {
     fn of(entry: &Entry) -> Self {
         let live = entry.live();
         Self {
-            src: live.src,
+            src: live.src(),
             original_dst: live.original_dst.clone(),
             actual_dst: live.actual_dst,
             protocol: live.protocol.name(),

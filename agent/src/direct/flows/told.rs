@@ -14,7 +14,7 @@ use crate::capture::direct::{Arrival, DirectFlow};
 use crate::connections::{Direction, Guard, LiveConnection, Protocol};
 use crate::direct::{Direct, LocalPod};
 use crate::node::Node;
-use crate::telemetry::{ByteCounters, ConnectionContext, OpenConnection, Reporter};
+use crate::telemetry::{ConnectionContext, OpenConnection, Reporter};
 
 /// The ends of a connection, as they are told of.
 pub(super) struct Told {
@@ -118,27 +118,24 @@ impl Told {
         node: &Node,
         flow: &DirectFlow,
         reporter: Reporter,
-        counters: Arc<ByteCounters>,
+        open: &OpenConnection,
     ) -> Guard {
-        let (direction, end, connection, service) = match reporter {
-            Reporter::Source => (Direction::Outbound, &self.source, None, &self.addressed),
+        let (direction, end, connection) = match reporter {
+            Reporter::Source => (Direction::Outbound, &self.source, None),
             Reporter::Destination => {
-                (Direction::Inbound, &self.destination, Some(&self.connection), &self.service)
+                (Direction::Inbound, &self.destination, Some(&self.connection))
             }
         };
         node.connections.register(LiveConnection {
             direction,
             protocol: Protocol::Direct,
-            src: flow.client,
+            about: open.context().clone(),
             original_dst: Some(flow.original.to_string()),
             actual_dst: flow.server,
             pod: end.0.uid.clone(),
             workload: end.1.uid.clone(),
             connection: connection.cloned(),
-            source_identity: Some(self.source.1.identity()),
-            destination_identity: Some(self.destination.1.identity()),
-            service: service.as_ref().map(|service| service.hostname.clone()),
-            counters,
+            counters: open.counters(),
         })
     }
 }

@@ -41,7 +41,7 @@ pub(in crate::hbone) struct Stream {
     reset: Option<StreamError>,
     /// The peer has not acted on it.
     unprocessed: bool,
-    answer: Option<Head>,
+    answer: Option<Box<Head>>,
     answered: bool,
     sink: Option<Arc<dyn Sink>>,
     sink_error: Option<io::Error>,
@@ -237,7 +237,7 @@ impl Stream {
     }
 
     pub(super) fn set_answer(&mut self, head: Head) {
-        self.answer = Some(head);
+        self.answer = Some(Box::new(head));
         self.answered = true;
         self.wake_reader();
     }
@@ -357,7 +357,7 @@ impl Streams {
             return Poll::Ready(Err(StreamError::Finished));
         };
         if let Some(head) = stream.answer.take() {
-            return Poll::Ready(Ok(head));
+            return Poll::Ready(Ok(*head));
         }
         match &stream.reset {
             Some(error) => Poll::Ready(Err(error.clone())),

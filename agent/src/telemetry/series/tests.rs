@@ -8,7 +8,10 @@ fn context(workload_name: &str) -> ConnectionContext {
         reporter: Reporter::Destination,
         source: None,
         source_identity: None,
-        baggage: Some(Baggage { workload_name: Some(workload_name.into()), ..Baggage::default() }),
+        baggage: Some(Box::new(Baggage {
+            workload_name: Some(workload_name.into()),
+            ..Baggage::default()
+        })),
         destination: None,
         destination_identity: None,
         service: None,
