@@ -18,7 +18,7 @@ const LARGE: c_int = 1 << 20;
 pub fn give_back() {
     #[cfg(target_env = "gnu")]
     for parameter in [libc::M_TRIM_THRESHOLD, libc::M_MMAP_THRESHOLD, libc::M_TOP_PAD] {
-        // SAFETY: both take any number; without effect, more is kept.
+        // SAFETY: each takes any number; without effect, more is kept.
         let _ = unsafe { libc::mallopt(parameter, LARGE) };
     }
 }
