@@ -78,9 +78,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let settings = config.mesh(&first.culvert.stated())?;
     // From here on a signal ends the agent only where it is awaited.
     let mut signals = Signals::new()?;
-    // The programs are loaded while randomness is gathered, before anything asks for it.
+    // Both take long, each on a thread of its own; meanwhile the mesh begins to come.
     tokio::task::spawn_blocking(tls::gather_randomness);
-    let beginning = Beginning::new(&config, &first).await?;
+    let config = Arc::new(config);
+    let options = capture_options(&config, &first)?;
+    let beginning = {
+        let (config, options) = (config.clone(), options.clone());
+        tokio::spawn(async move { Beginning::new(&config, &options).await })
+    };
     let (workers, _carrying) = Workers::start(config.worker_threads)?;
     let rooms = rooms(&config, &settings, &first, &workers)?;
     let news =
@@ -90,7 +95,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let fetch = xds.as_ref().and_then(|xds| xds.fetch());
     tokio::spawn(close_when(synced(&xds), loading));
     let ready = certificates::ready(rooms.certificates.clone(), synced(&xds));
-    let begun = beginning.capture(&config, &first, ready, &mut signals).await?;
+    let beginning = beginning.await??;
+    let begun = beginning.capture(&config, &options, ready, &mut signals).await?;
     let Some(Begun { capture, bequest }) = begun else { return Ok(()) };
     let node = Arc::new(make_node(&config, &settings, rooms, capture, fetch, workers)?);
 
@@ -102,7 +108,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let (stop, stopped) = mpsc::channel(1);
     let state = Arc::new(State {
         node: node.clone(),
-        config: Arc::new(config),
+        config,
         mesh: settings,
         pods: enrolment.table(),
         file: source.as_ref().map(FileSource::status),

@@ -13,12 +13,11 @@ use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::MAX_PODS;
 use super::duty::Signals;
 use super::enrolment::Enrolment;
-use super::{MAX_PODS, capture_options};
 use crate::capture::{Capture, CaptureError, CaptureOptions, Netns, Redirection};
 use crate::config::{Config, Redirect};
-use crate::file::MeshFile;
 use crate::handover::{
     self, Asked, Bequest, Estate, Greeting, HandoverError, PROTOCOL, Predecessor, Socket,
 };
@@ -61,15 +60,14 @@ pub(super) struct Begun {
 }
 
 impl Beginning {
-    pub async fn new(config: &Config, first: &MeshFile) -> anyhow::Result<Beginning> {
+    pub async fn new(config: &Config, options: &CaptureOptions) -> anyhow::Result<Beginning> {
         if config.redirect == Redirect::Cni {
             return Ok(Beginning::Alone(Redirection::Cni));
         }
         if let Some(predecessor) = predecessor(config).await? {
             return Ok(Beginning::After(predecessor));
         }
-        let options = capture_options(config, first)?;
-        let capture = start_when_free(&options, BUSY_LIMIT).await?;
+        let capture = start_when_free(options, BUSY_LIMIT).await?;
         Ok(Beginning::Alone(Redirection::Ebpf(Arc::new(capture))))
     }
 
@@ -78,7 +76,7 @@ impl Beginning {
     pub async fn capture(
         self,
         config: &Config,
-        first: &MeshFile,
+        options: &CaptureOptions,
         ready: impl Future<Output = ()>,
         signals: &mut Signals,
     ) -> anyhow::Result<Option<Begun>> {
@@ -86,7 +84,6 @@ impl Beginning {
             Beginning::Alone(capture) => return Ok(Some(Begun { capture, bequest: None })),
             Beginning::After(predecessor) => predecessor,
         };
-        let options = capture_options(config, first)?;
         let mut ready = std::pin::pin!(ready);
         let begun = loop {
             let from = &predecessor.greeting;
@@ -100,12 +97,12 @@ impl Beginning {
                 }
             };
             match is_ready {
-                true => break inherit(predecessor, &options).await?,
+                true => break inherit(predecessor, options).await?,
                 false => match self::predecessor(config).await? {
                     Some(next) => predecessor = next,
                     None => {
                         tracing::info!("the running agent has ended before it handed over");
-                        break (start_when_free(&options, FREE_LIMIT).await?, None);
+                        break (start_when_free(options, FREE_LIMIT).await?, None);
                     }
                 },
             }
