@@ -461,4 +461,6 @@ impl EncodeLabelSet for DryRunEvaluation {
 }
 
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;

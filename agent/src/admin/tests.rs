@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use culvert_core::authorize::PermittedBy;
-use culvert_core::service::{IpFamilies, Service, Visibility};
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -14,8 +13,9 @@ use tokio::sync::Notify;
 use super::*;
 use crate::connections::{Direction, Guard, LiveConnection, Protocol};
 use crate::drain::{DrainTrigger, drain};
+use crate::telemetry::ConnectionContext;
 use crate::telemetry::logging::{LogFlush, LogFormat, Logging};
-use crate::telemetry::{ConnectionContext, Reporter};
+use crate::telemetry::testing::{service, stranger};
 
 /// An agent whose parts the test sets.
 #[derive(Default)]
@@ -389,17 +389,9 @@ pub(super) fn register(
         direction,
         protocol: Protocol::Hbone,
         about: Arc::new(ConnectionContext {
-            reporter: Reporter::Destination,
-            source: None,
             source_identity: Some("spiffe://cluster.local/ns/web/sa/front".parse().unwrap()),
-            baggage: None,
-            destination: None,
-            destination_identity: None,
-            service: Some(Arc::new(service())),
-            src: "10.2.0.3:40112".parse().unwrap(),
-            dst: "10.1.0.7:15008".parse().unwrap(),
-            hbone_addr: None,
-            mutual_tls: true,
+            service: Some(Arc::new(service("api", "shop"))),
+            ..stranger()
         }),
         original_dst: original_dst.map(str::to_owned),
         actual_dst: actual_dst.parse().unwrap(),
@@ -408,25 +400,6 @@ pub(super) fn register(
         connection: None,
         counters: Arc::default(),
     })
-}
-
-fn service() -> Service {
-    Service {
-        name: "api".into(),
-        namespace: "shop".into(),
-        hostname: "api.shop.svc.cluster.local".into(),
-        vips: Vec::new(),
-        cidr_vips: Vec::new(),
-        ports: Default::default(),
-        subject_alt_names: Vec::new(),
-        waypoint: None,
-        weighted_waypoints: Vec::new(),
-        load_balancer: None,
-        ip_families: IpFamilies::Automatic,
-        canonical: true,
-        visibility: Visibility::Public,
-        fixed_endpoints: Default::default(),
-    }
 }
 
 pub(super) fn pod() -> Pod {

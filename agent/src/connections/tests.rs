@@ -1,25 +1,13 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::telemetry::Reporter;
+use crate::telemetry::testing::stranger;
 
 fn live(direction: Direction, workload: &str) -> LiveConnection {
     LiveConnection {
         direction,
         protocol: Protocol::Hbone,
-        about: Arc::new(ConnectionContext {
-            reporter: Reporter::Destination,
-            source: None,
-            source_identity: None,
-            baggage: None,
-            destination: None,
-            destination_identity: None,
-            service: None,
-            src: "10.2.0.3:40112".parse().unwrap(),
-            dst: "10.1.0.7:15008".parse().unwrap(),
-            hbone_addr: None,
-            mutual_tls: true,
-        }),
+        about: Arc::new(stranger()),
         original_dst: None,
         actual_dst: "10.1.0.7:8080".parse().unwrap(),
         pod: workload.into(),

@@ -3,11 +3,11 @@
 use std::io::Write;
 
 use culvert_core::identity::Identity;
-use culvert_core::service::{IpFamilies, Service, Visibility};
 use culvert_core::workload::{Health, Locality, NetworkMode, TunnelProtocol};
 use tracing::dispatcher::with_default;
 
 use super::logging::{LogFormat, Logging};
+use super::testing::{service, stranger};
 use super::*;
 
 /// A text that several writers share.
@@ -124,39 +124,16 @@ fn api() -> Workload {
     workload("api-5c6b", "api", "shop", "api")
 }
 
-fn service(name: &str, namespace: &str) -> Service {
-    Service {
-        name: name.into(),
-        namespace: namespace.into(),
-        hostname: format!("{name}.{namespace}.svc.cluster.local").into(),
-        vips: Vec::new(),
-        cidr_vips: Vec::new(),
-        ports: Default::default(),
-        subject_alt_names: Vec::new(),
-        waypoint: None,
-        weighted_waypoints: Vec::new(),
-        load_balancer: None,
-        ip_families: IpFamilies::Automatic,
-        canonical: true,
-        visibility: Visibility::Public,
-        fixed_endpoints: Default::default(),
-    }
-}
-
 /// HBONE from the front to the api.
 fn hbone(reporter: Reporter) -> ConnectionContext {
     ConnectionContext {
         reporter,
         source_identity: Some(front().identity()),
         source: Some(Arc::new(front())),
-        baggage: None,
         destination: Some(Arc::new(api())),
-        destination_identity: None,
         service: Some(Arc::new(service("api", "shop"))),
-        src: "10.2.0.3:40112".parse().unwrap(),
-        dst: "10.1.0.7:15008".parse().unwrap(),
         hbone_addr: Some("10.1.0.7:8080".parse().unwrap()),
-        mutual_tls: true,
+        ..stranger()
     }
 }
 

@@ -2,33 +2,16 @@
 
 use super::*;
 use crate::telemetry::context::Baggage;
+use crate::telemetry::testing::stranger;
 
 fn context(workload_name: &str) -> ConnectionContext {
-    ConnectionContext {
-        reporter: Reporter::Destination,
-        source: None,
-        source_identity: None,
-        baggage: Some(Box::new(Baggage {
-            workload_name: Some(workload_name.into()),
-            ..Baggage::default()
-        })),
-        destination: None,
-        destination_identity: None,
-        service: None,
-        src: "10.2.0.3:40112".parse().unwrap(),
-        dst: "10.1.0.7:15008".parse().unwrap(),
-        hbone_addr: None,
-        mutual_tls: true,
-    }
-}
-
-fn without_baggage() -> ConnectionContext {
-    ConnectionContext { baggage: None, ..context("") }
+    let baggage = Baggage { workload_name: Some(workload_name.into()), ..Baggage::default() };
+    ConnectionContext { baggage: Some(Box::new(baggage)), ..stranger() }
 }
 
 #[test]
 fn live_and_ended_connections_add_up_in_any_order_of_ending() {
-    let series = Series::new(Arc::new(TcpLabels::of(&without_baggage())));
+    let series = Series::new(Arc::new(TcpLabels::of(&stranger())));
     let counters: Vec<_> = (0..5).map(|_| series.open()).collect();
     for (n, counters) in (1..).zip(&counters) {
         counters.add_received(n);
@@ -44,7 +27,7 @@ fn live_and_ended_connections_add_up_in_any_order_of_ending() {
 
 #[test]
 fn closing_twice_counts_the_bytes_once() {
-    let series = Series::new(Arc::new(TcpLabels::of(&without_baggage())));
+    let series = Series::new(Arc::new(TcpLabels::of(&stranger())));
     let (one, other) = (series.open(), series.open());
     one.add_received(1);
     other.add_received(2);
@@ -57,8 +40,8 @@ fn closing_twice_counts_the_bytes_once() {
 #[test]
 fn the_same_parties_share_a_series_with_and_without_the_shortcut() {
     let store = SeriesStore::new(100);
-    let first = store.series(&without_baggage());
-    assert!(Arc::ptr_eq(&first, &store.series(&without_baggage())));
+    let first = store.series(&stranger());
+    assert!(Arc::ptr_eq(&first, &store.series(&stranger())));
     assert_eq!(store.recent.read().len(), 1);
     let told = store.series(&context("teller"));
     assert!(Arc::ptr_eq(&told, &store.series(&context("teller"))));
