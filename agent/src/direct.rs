@@ -12,7 +12,7 @@ mod meter;
 mod table;
 mod verdicts;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,12 +20,12 @@ use std::time::Duration;
 use culvert_core::addr::OriginalDst;
 use culvert_core::tables::{NetnsCookie, VerdictId, VerdictKey};
 use culvert_core::view::Coverage;
-use futures_util::future::join_all;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
+use crate::admin::readiness::OpenTask;
 use crate::ca::Certificates;
 use crate::capture::direct::{DirectFlow, SocketCookie};
 use crate::capture::{CaptureError, Redirection};
@@ -38,7 +38,7 @@ pub use table::{Grant, LocalPod};
 pub use verdicts::{NoVerdict, Terms};
 
 use flows::Live;
-use verdicts::Verdicts;
+use verdicts::{Pending, Verdicts};
 
 /// How many destinations may wait for their verdict.
 const OFFERS: usize = 1024;
@@ -103,10 +103,20 @@ impl Direct {
         }));
     }
 
-    /// Leaves verdicts and connections as they are to another agent, which is there already: from now
-    /// on this one neither gives nor takes back, and tells of nothing.
+    /// Leaves verdicts as they are to another agent, before that one begins to give its own: two that
+    /// write would undo what the other has taken back.
+    pub fn leave(&self) {
+        self.0.verdicts.leave();
+    }
+
+    /// The other agent has not come: this one goes on.
+    pub fn resume(&self, mesh: &Mesh) {
+        self.0.verdicts.resume(mesh);
+    }
+
+    /// The other agent is there, and tells of connections, too.
     pub fn stop(&self) {
-        self.0.verdicts.stop();
+        self.0.verdicts.leave();
         self.0.stopped.cancel();
     }
 
@@ -205,17 +215,27 @@ impl Direct {
         }
     }
 
-    /// Serves for as long as it is polled. `synced` is ready when there is a whole mesh to decide on.
-    pub async fn run(self, node: Arc<Node>, synced: impl Future<Output = ()>) {
+    /// Serves for as long as it is polled. `synced` is ready when there is a whole mesh to decide on;
+    /// `adopting` is open until nothing is admitted any more by what only an earlier agent decided.
+    pub async fn run(self, node: Arc<Node>, synced: impl Future<Output = ()>, adopting: OpenTask) {
         let Some(mut offered) = self.0.offered.lock().take() else { return };
         synced.await;
-        self.await_pods(&node).await;
-        let verdicts = &self.0.verdicts;
-        if let Err(error) = verdicts.adopt(&node.mesh) {
-            return tracing::error!(%error, "the kernel admits nothing by itself");
+        let limit = Instant::now() + ADOPTION_LIMIT;
+        let failed = |error| tracing::error!(%error, "the kernel admits nothing by itself");
+        if let Err(error) = self.adopt(&node.mesh, Pending::Certificates, limit).await {
+            return failed(error);
         }
+        // From here on it is known whose the connections are.
         let following = flows::follow(self.clone(), node.clone());
         tokio::pin!(following);
+        tokio::select! {
+            adopted = self.adopt(&node.mesh, Pending::Nothing, limit) => match adopted {
+                Ok(()) => drop(adopting),
+                Err(error) => return failed(error),
+            },
+            () = &mut following => return,
+        }
+        let verdicts = &self.0.verdicts;
         let beat = (verdicts.terms().admit_time / 4).min(LONGEST_BEAT);
         let mut beats = interval(beat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -232,43 +252,26 @@ impl Direct {
     }
 
     /// An agent that starts finds verdicts of an earlier one. What their pods are, and that they have
-    /// certificates, shows in a moment; what does not is taken back.
-    async fn await_pods(&self, node: &Node) {
-        let deadline = Instant::now() + ADOPTION_LIMIT;
-        let Some(kernel) = self.0.verdicts.capture().direct() else { return };
-        let found = match kernel.verdicts() {
-            Ok(found) => found,
-            Err(_told_by_adopt) => return,
-        };
-        let pods = found.iter().flat_map(|(key, verdict)| {
-            verdict.backends.iter().map(|backend| backend.netns).chain([key.source])
-        });
-        let pods: HashSet<NetnsCookie> = pods.collect();
-        let known = || {
-            // Those whose namespace is gone, or that nobody wants any more, are no longer there.
-            let captured = node.capture.pods();
-            let snapshot = node.mesh.snapshot();
-            let local = node.mesh.pods();
-            let of = |cookie: &NetnsCookie| {
-                let (_, uid) = local.iter().find(|(pod, _)| pod.netns.cookie() == *cookie)?;
-                Some(snapshot.workload(uid.as_deref()?)?.identity())
-            };
-            pods.iter().filter(|pod| captured.contains(pod)).map(of).collect::<Option<Vec<_>>>()
-        };
-        let waiting = async {
-            let mut looks = interval(ADOPTION_LOOK);
-            loop {
-                looks.tick().await;
-                if let Some(identities) = known() {
-                    let certificates = identities.iter().map(|id| node.certificates.fetch(id));
-                    join_all(certificates).await;
-                    return;
-                }
+    /// certificates, shows in a moment. Ready when they wait for no more than `for_what`; what still
+    /// does at `limit` is taken back.
+    async fn adopt(
+        &self,
+        mesh: &Mesh,
+        for_what: Pending,
+        limit: Instant,
+    ) -> Result<(), CaptureError> {
+        let mut looks = interval(ADOPTION_LOOK);
+        loop {
+            looks.tick().await;
+            if self.0.verdicts.adopt(mesh)? <= for_what {
+                return Ok(());
             }
-        };
-        if timeout_at(deadline, waiting).await.is_err() {
-            tracing::warn!("not all pods of the kernel's verdicts are known");
+            if Instant::now() >= limit {
+                break;
+            }
         }
+        tracing::warn!("not all pods of the kernel's verdicts are known, or have a certificate");
+        self.0.verdicts.settle(mesh)
     }
 }
 

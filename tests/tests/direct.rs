@@ -236,21 +236,20 @@ fn flows_outlive_fifty_deaths_of_the_agent_and_lose_no_byte() {
     }
     let streams = to.map(|to| Stream::start(&mesh, "client", to).unwrap());
     let load = Load::start(&mesh, "client", &to, 2);
-    for _ in 0..50 {
+    for round in 0..50 {
         kill(&mut a);
         // Nobody is there, and connections are made all the same.
         load.wait_answered(20).unwrap();
         streams.iter().for_each(|stream| stream.wait(5).unwrap());
         a = mesh.agent("a", &binary()).unwrap();
-        // What the agent carried itself while it took over would end with it.
-        load.wait_answered(20).unwrap();
+        // An agent that is ready has taken up what stands.
+        assert_eq!(verdict(&a, "web/client", to[0]).unwrap(), Verdict::Given, "round {round}");
     }
     let tally = load.stop();
     assert_eq!(tally.failed(), 0, "{tally}");
     for stream in streams {
         stream.stop().unwrap();
     }
-    assert_eq!(verdict(&a, "web/client", to[0]).unwrap(), Verdict::Given);
 }
 
 #[test]
@@ -293,9 +292,9 @@ fn agent_that_comes_back_takes_back_what_changed_meanwhile() {
     kill(&mut a);
     mesh.change(|mesh| mesh.policies.push(no_client())).unwrap();
     let a = mesh.agent("a", &binary()).unwrap();
-    let decided = || verdict(&a, "web/other", to).unwrap() == Verdict::Given;
-    wait::until("the verdict to be taken up", wait::SOON, decided).unwrap();
+    // From when it is ready, nothing goes by what the one before it decided.
     is_refused(&mesh, "client", to).unwrap();
+    assert_eq!(verdict(&a, "web/other", to).unwrap(), Verdict::Given);
     let mut denied = denied;
     match denied.read(&mut [0; 8]) {
         Err(error) => assert_ne!(error.kind(), std::io::ErrorKind::WouldBlock, "goes on"),
@@ -303,6 +302,38 @@ fn agent_that_comes_back_takes_back_what_changed_meanwhile() {
     }
     stays.wait(10).unwrap();
     stays.stop().unwrap();
+}
+
+#[test]
+fn agent_without_certificates_lets_stand_what_is_permitted_and_takes_back_what_is_denied() {
+    let mut mesh = started();
+    let mut a = mesh.agent("a", &binary()).unwrap();
+    let to = both(&mesh, "near")[0];
+    for pod in ["client", "other"] {
+        warm(&mesh, &a, pod, to).unwrap();
+    }
+    let denied = connect(&mesh, "client", to).unwrap();
+    kill(&mut a);
+    // Nobody listens there.
+    let options = with(&mesh, &[("CA_ADDRESS", "https://127.0.0.1:1")]);
+    let a = Agent::start(mesh.lab(), mesh.node("a"), &options).unwrap();
+    wait::until("the pods to be enrolled", wait::SOON, || {
+        a.log().matches("culvert is up").count() == 2
+    })
+    .unwrap();
+    for pod in ["client", "other"] {
+        assert_eq!(call(&mesh, pod, to, "still").unwrap(), "still");
+    }
+    edit(&mut mesh, &[&a], |mesh| mesh.policies.push(no_client())).unwrap();
+    is_refused(&mesh, "client", to).unwrap();
+    is_reset(&denied).unwrap();
+    assert_eq!(call(&mesh, "other", to, "still").unwrap(), "still");
+    let pending = || answer(&a, "/culvert/status").unwrap()["pending"].clone();
+    assert_eq!(pending(), serde_json::json!(["verdicts of an earlier agent"]));
+    // What it cannot prove is taken back at last.
+    logged(&a, &["not all pods", "certificate"]).unwrap();
+    wait::until("it to be ready", wait::SOON, || pending() == serde_json::json!([])).unwrap();
+    is_refused(&mesh, "other", to).unwrap();
 }
 
 #[test]

@@ -5,9 +5,11 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use culvert_lab::mesh::{Mesh, ServiceSpec};
+use culvert_lab::mesh::{Mesh, Running, ServiceSpec};
 use culvert_lab::wait;
 use culvert_proto::istio::security::string_match::MatchType;
 use culvert_proto::istio::security::{Authorization, Clause, Match, Rule, StringMatch};
@@ -15,6 +17,7 @@ use culvert_tests::cluster::Cluster;
 use culvert_tests::control::World;
 use culvert_tests::direct::{Lateness, Stream, opened, warm};
 use culvert_tests::hunt::{Hunt, answer_one};
+use culvert_tests::upgrade::{TAKE_OVER, wait_ended};
 use culvert_tests::{connect, echo, serve};
 
 const PORT: u16 = 8080;
@@ -50,9 +53,8 @@ fn flip(world: &World, change: impl FnOnce(&World)) {
     }
 }
 
-#[test]
-fn nothing_is_served_that_is_known_to_be_denied() {
-    let seconds = std::env::var("FLIPS_SECONDS").map_or(12, |text| text.parse().unwrap());
+/// The mesh, its control plane, and where something answers.
+fn started() -> (Running, Arc<Cluster>, Vec<(IpAddr, u16)>) {
     let mesh = Mesh::new()
         .node("a")
         .pod("client", "web", "client")
@@ -62,10 +64,17 @@ fn nothing_is_served_that_is_known_to_be_denied() {
         .node("b");
     let (mesh, cluster) = Cluster::start(mesh, false).unwrap();
     serve(&mesh, "near", PORT, answer_one).unwrap();
-    serve(&mesh, "near", HELD, echo).unwrap();
-    let agent = cluster.culvert(&mesh, "a").unwrap();
     let to = mesh.pod("near").addresses().map(|ip| (ip, PORT));
     let to = [to, mesh.service("near").map(|ip| (ip, 80))].concat();
+    (mesh, cluster, to)
+}
+
+#[test]
+fn nothing_is_served_that_is_known_to_be_denied() {
+    let seconds = std::env::var("FLIPS_SECONDS").map_or(12, |text| text.parse().unwrap());
+    let (mesh, cluster, to) = started();
+    serve(&mesh, "near", HELD, echo).unwrap();
+    let agent = cluster.culvert(&mesh, "a").unwrap();
     let held = (mesh.pod("near").addresses()[0], HELD);
     for to in to.iter().chain([&held]) {
         warm(&mesh, &agent, "client", *to).unwrap();
@@ -107,4 +116,46 @@ fn nothing_is_served_that_is_known_to_be_denied() {
     assert!(direct >= 50.0, "{direct} went straight");
     assert!(late.count >= ended as f64 && late.within_a_second >= late.count * 0.9, "{late:?}");
     drop(connect(&mesh, "client", held));
+}
+
+#[test]
+fn agents_that_follow_each_other_leave_no_verdict_that_nobody_takes_back() {
+    let (mesh, cluster, to) = started();
+    let mut agent = cluster.culvert(&mesh, "a").unwrap();
+    let world = cluster.plane(|plane| plane.world.clone()).unwrap();
+    let policy = no_client();
+    let hunt = Hunt::start(&mesh, "client", &to);
+    let options = cluster.options(&mesh).unwrap();
+    for round in 0..10 {
+        // Verdicts are given and taken back all the while one agent hands over to the next.
+        let new = mesh.start_agent("a", &options).unwrap();
+        let mut old = std::mem::replace(&mut agent, new);
+        wait::until("the take-over", TAKE_OVER, || {
+            world.put_policy(&policy);
+            wait::pass(WINDOW);
+            world.remove_policy("shop/no-client");
+            // The log is that of all agents so far.
+            agent.log().matches("taken over from").count() > round
+        })
+        .unwrap();
+        wait_ended(&mut old).unwrap();
+        // Only the new one acknowledges now, and in the end all that came before.
+        let mut before = 0;
+        wait::until("the last of the changes", wait::SOON, || {
+            wait::pass(WINDOW * 20);
+            std::mem::replace(&mut before, world.accepted()) == world.accepted()
+        })
+        .unwrap();
+        flip(&world, |world| world.put_policy(&policy));
+        hunt.denied();
+        wait::pass(WINDOW * 20);
+        hunt.undone();
+        flip(&world, |world| world.remove_policy("shop/no-client"));
+        let straight = opened(&agent).unwrap();
+        let again = || opened(&agent).unwrap() > straight + 20.0;
+        wait::until("connections again", wait::SOON, again).unwrap();
+    }
+    let tally = hunt.end();
+    assert_eq!(tally.served_though_denied, 0, "{tally:?}");
+    assert!(tally.denied >= 10 && tally.served >= 200, "{tally:?}");
 }

@@ -19,6 +19,8 @@ pub const PROXY: &str = "proxy";
 pub const DNS_PROXY: &str = "dns proxy";
 /// Open until no known pod waits to be enrolled, and again when one does.
 pub const WORKLOAD_PROXY_MANAGER: &str = "workload proxy manager";
+/// Open until all that an earlier agent let the kernel admit is decided anew.
+pub const VERDICTS: &str = "verdicts of an earlier agent";
 
 /// Open from when another agent has taken over.
 pub const HANDED_OVER: &str = "another agent has taken over";

@@ -12,9 +12,10 @@ use super::enrolment::Enrolment;
 use super::handover::{await_successor, give, take_over};
 use super::news::News;
 use super::state::State;
-use crate::admin::readiness::OpenTask;
+use crate::admin::readiness::{OpenTask, VERDICTS};
 use crate::admin::{AdminServers, Sources};
 use crate::config::Config;
+use crate::direct::Direct;
 use crate::drain::{self, DrainTrigger};
 use crate::file::{FileSource, FileUpdate};
 use crate::handover::{Asked, Bequest, HandoverError, Wish};
@@ -128,7 +129,8 @@ impl Duty {
             None => self.enrolment.open(),
         }
         if let Some(direct) = node.direct.clone() {
-            tokio::spawn(direct.clone().run(node.clone(), synced()));
+            let adopting = self.sources.readiness.open(VERDICTS);
+            tokio::spawn(direct.clone().run(node.clone(), synced(), adopting));
             let (cgroup, pin_path) = (config.cgroup.clone(), config.pin_path.clone());
             tokio::spawn(async move { direct.qualify(&cgroup, &pin_path).await });
         }
@@ -231,7 +233,14 @@ impl Post<'_> {
             return Err(HandoverError::Refused("nothing of ours is in the kernel".to_owned()));
         };
         let servers = if servers_too { self.descriptors.as_slice() } else { &[] };
-        give(asked, &self.enrolment, kernel, servers).await
+        give(asked, &self.enrolment, kernel, servers).await?;
+        let node = &self.state.node;
+        node.direct.iter().for_each(Direct::leave);
+        let given = asked.yours().await;
+        if given.is_err() {
+            node.direct.iter().for_each(|direct| direct.resume(&node.mesh));
+        }
+        given
     }
 }
 

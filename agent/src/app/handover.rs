@@ -232,7 +232,7 @@ pub(super) async fn take_over(
     Ok(())
 }
 
-/// Gives everything to a successor. When this succeeds, that one accepts connections.
+/// Gives everything to a successor, which waits for the word that it is its own.
 pub(super) async fn give(
     asked: &Asked,
     enrolment: &Enrolment,
@@ -244,8 +244,7 @@ pub(super) async fn give(
         pods: enrolment.heirlooms(),
         servers: servers.iter().map(AsFd::as_fd).collect(),
     };
-    asked.give(&estate).await?;
-    asked.yours().await
+    asked.give(&estate).await
 }
 
 /// Begins to listen to successors; gives the own network namespace with what they ask for.

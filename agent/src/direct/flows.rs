@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::Direct;
 use super::meter::Meter;
 use crate::capture::direct::{self, DirectFlow, Ended, FlowEvent, SocketCookie, TcpFacts};
-use crate::capture::{Carried, Netns};
+use crate::capture::{Carried, Direct as Kernel, Netns};
 use crate::connections::{CloseReason, Guard};
 use crate::node::{Node, denial};
 use crate::session;
@@ -153,6 +153,12 @@ impl Flows {
             };
             let mut live = self.direct.live();
             for flow in flows {
+                let flow = match flow.arrival {
+                    // It was copied while it arrived, perhaps: what is established has arrived.
+                    None if flow.established_at.is_some() => again(kernel, flow),
+                    _ => Some(flow),
+                };
+                let Some(flow) = flow else { continue };
                 match live.get_mut(&flow.socket) {
                     Some(live) => live.missing = 0,
                     None if flow.established_at.is_some() => new.push(flow),
@@ -184,6 +190,12 @@ impl Flows {
         let (direct, pods) = (self.direct.clone(), self.node.mesh.pods());
         tokio::task::spawn_blocking(move || direct.measure(&pods));
     }
+}
+
+/// What the kernel says of a connection now, if it still lives.
+fn again(kernel: &Kernel, flow: DirectFlow) -> Option<DirectFlow> {
+    let now = kernel.flow(flow.client, flow.server);
+    now.unwrap_or(Some(flow)).filter(|now| now.socket == flow.socket)
 }
 
 /// Ends a connection in the kernel.

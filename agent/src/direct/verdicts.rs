@@ -4,6 +4,8 @@
 //! the same lock and decides anew what it touches. So none is in the kernel that what is published
 //! would not give, once whoever published is told so.
 
+mod adoption;
+
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -28,6 +30,8 @@ use crate::ca::Certificates;
 use crate::capture::direct::since_boot;
 use crate::capture::{self, CaptureError, Redirection};
 use crate::node::{LocalPods, Mesh, Publication};
+use adoption::Adopted;
+pub(super) use adoption::Pending;
 
 /// A certificate that was renewed moves the end of a verdict by more than this.
 const RENEWED: Duration = Duration::from_secs(1);
@@ -73,16 +77,27 @@ pub(super) struct Verdicts {
 
 struct State {
     table: Table,
-    /// Verdicts of an earlier agent have been decided anew: from then on there are new ones.
-    ready: bool,
-    /// Another agent gives verdicts and takes them back.
-    stopped: bool,
+    stage: Stage,
+    /// Another agent may give verdicts and take them back.
+    away: bool,
+    adopted: Adopted,
     /// What the kernel did not let go of. As long as there is any, nothing extends the time for
     /// which verdicts count.
     stuck: Vec<VerdictKey>,
     pods: Arc<PodIndex>,
     /// The machine has shown that it accelerates well.
     accelerates: bool,
+}
+
+/// How far this agent has come with what an earlier one let the kernel admit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// There is no whole mesh to decide on.
+    Starting,
+    /// Some of it has not been decided anew.
+    Adopting,
+    /// All that the kernel holds is its own: from now on there are new verdicts.
+    Serving,
 }
 
 /// The enrolled pods whose workload is known.
@@ -121,8 +136,9 @@ impl Verdicts {
         let first = u64::try_from(since_boot().as_nanos()).unwrap_or(u64::MAX);
         let state = State {
             table: Table::new(terms.per_pod, first),
-            ready: false,
-            stopped: false,
+            stage: Stage::Starting,
+            away: false,
+            adopted: Adopted::default(),
             stuck: Vec::new(),
             pods: Arc::default(),
             accelerates: false,
@@ -198,7 +214,7 @@ impl Verdicts {
     /// Connections that are made from now on are accelerated, where both workloads are named for it.
     pub fn accelerate(&self) {
         let mut state = self.state.lock();
-        if state.stopped {
+        if state.away {
             return;
         }
         state.accelerates = true;
@@ -217,16 +233,10 @@ impl Verdicts {
         grant.to_kernel(chosen)
     }
 
-    /// Neither gives verdicts nor takes them back from now on.
-    pub fn stop(&self) {
-        let mut state = self.state.lock();
-        (state.ready, state.stopped) = (false, true);
-    }
-
     /// Gives the kernel a verdict, if there is one to give.
     pub fn grant(&self, mesh: &Mesh, key: VerdictKey) {
         let mut state = self.state.lock();
-        if !state.ready || state.table.get(&key).is_some() {
+        if !state.is_serving() || state.table.get(&key).is_some() {
             return;
         }
         let (snapshot, enrolled) = (mesh.snapshot(), mesh.enrolled());
@@ -254,7 +264,7 @@ impl Verdicts {
     /// Decides anew what a publication touches.
     pub fn follow(&self, publication: &Publication<'_>) {
         let mut state = self.state.lock();
-        if state.stopped {
+        if state.away {
             return;
         }
         let pods = state.pods(publication.pods);
@@ -276,44 +286,26 @@ impl Verdicts {
                 self.renew(&mut state, &world, &grant);
             }
         }
-    }
-
-    /// Takes up the verdicts of an earlier agent that would be given now, and takes back the others.
-    /// From then on there are new ones.
-    pub fn adopt(&self, mesh: &Mesh) -> Result<(), CaptureError> {
-        let mut state = self.state.lock();
-        let Some(kernel) = self.capture.direct() else { return Ok(()) };
-        let (snapshot, enrolled) = (mesh.snapshot(), mesh.enrolled());
-        let pods = state.pods(&mesh.pods());
-        let world = World { snapshot: &snapshot, enrolled: &enrolled, pods: &pods };
-        let (mut adopted, mut taken_back) = (0, 0);
-        for (key, found) in kernel.verdicts()? {
-            match self.decide(&world, key, found.id) {
-                Ok(grant) if grant.admits_as(&found) => {
-                    self.write(&mut state, grant);
-                    adopted += 1;
-                }
-                Ok(_) | Err(_) => {
-                    self.take_back(&mut state, &key);
-                    taken_back += 1;
-                }
-            }
+        if state.stage == Stage::Adopting
+            && let Err(error) = self.sift(&mut state, &world, false)
+        {
+            tracing::error!(%error, "cannot look at the verdicts of an earlier agent");
         }
-        if adopted + taken_back > 0 {
-            tracing::info!(adopted, taken_back, "verdicts of an earlier agent");
-        }
-        state.ready = true;
-        Ok(())
     }
 
     /// Lets verdicts count for a while longer, and end with the certificates of now.
     pub fn extend(&self, mesh: &Mesh) -> Result<(), CaptureError> {
+        // Unless that was done when this agent began.
+        self.settle(mesh)?;
         let mut state = self.state.lock();
         let Some(kernel) = self.capture.direct() else { return Ok(()) };
+        if !state.is_serving() {
+            return Ok(());
+        }
         for key in std::mem::take(&mut state.stuck) {
             self.take_back(&mut state, &key);
         }
-        if !state.ready || !state.stuck.is_empty() {
+        if !state.stuck.is_empty() {
             return Ok(());
         }
         let (snapshot, enrolled) = (mesh.snapshot(), mesh.enrolled());
@@ -372,7 +364,9 @@ impl Verdicts {
         state.table.remove(key);
         if let Err(error) = kernel.remove_verdict(key) {
             tracing::error!(source = %key.source, to = %key.destination, %error, "verdict stays");
-            state.stuck.push(*key);
+            if !state.stuck.contains(key) {
+                state.stuck.push(*key);
+            }
         }
         self.touch(key.source);
     }
@@ -448,6 +442,10 @@ impl Verdicts {
 }
 
 impl State {
+    fn is_serving(&self) -> bool {
+        self.stage == Stage::Serving && !self.away
+    }
+
     fn pods(&mut self, pods: &Arc<LocalPods>) -> Arc<PodIndex> {
         if !Arc::ptr_eq(&self.pods.of, pods) {
             self.pods = Arc::new(PodIndex::new(pods));
