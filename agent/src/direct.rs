@@ -221,7 +221,12 @@ impl Direct {
         let Some(mut offered) = self.0.offered.lock().take() else { return };
         synced.await;
         let limit = Instant::now() + ADOPTION_LIMIT;
-        let failed = |error| tracing::error!(%error, "the kernel admits nothing by itself");
+        let failed = |error: CaptureError| {
+            tracing::error!(%error, "the kernel admits nothing by itself");
+            if let Err(error) = self.0.verdicts.close() {
+                tracing::error!(%error, "but by the verdicts of an earlier agent");
+            }
+        };
         if let Err(error) = self.adopt(&node.mesh, Pending::Certificates, limit).await {
             return failed(error);
         }

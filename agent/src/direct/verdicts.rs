@@ -214,10 +214,10 @@ impl Verdicts {
     /// Connections that are made from now on are accelerated, where both workloads are named for it.
     pub fn accelerate(&self) {
         let mut state = self.state.lock();
+        state.accelerates = true;
         if state.away {
             return;
         }
-        state.accelerates = true;
         let Some(kernel) = self.capture.direct() else { return };
         for key in state.table.keys() {
             let Some(grant) = state.table.get(&key).cloned() else { continue };

@@ -2,6 +2,7 @@
 //! may have are left alone.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use culvert_core::tables::{self, NetnsCookie, VerdictKey};
 
@@ -108,6 +109,11 @@ impl Verdicts {
             state.adopted.taken_back += 1;
         }
         Ok(pending)
+    }
+
+    /// Nothing is admitted by any verdict from now on.
+    pub fn close(&self) -> Result<(), CaptureError> {
+        self.capture.direct().map_or(Ok(()), |kernel| kernel.admit_until(Duration::ZERO))
     }
 
     /// Neither gives verdicts nor takes them back: another agent may do so from now on.
