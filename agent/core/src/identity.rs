@@ -40,13 +40,18 @@ impl Identity {
     }
 }
 
+impl Identity {
+    /// As it is displayed, in one piece.
+    pub fn uri(&self) -> String {
+        let Self { trust_domain, namespace, service_account } = self;
+        ["spiffe://", trust_domain, "/ns/", namespace, "/sa/", service_account].concat()
+    }
+}
+
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "spiffe://{}/ns/{}/sa/{}",
-            self.trust_domain, self.namespace, self.service_account
-        )
+        let Self { trust_domain, namespace, service_account } = self;
+        write!(f, "spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}")
     }
 }
 

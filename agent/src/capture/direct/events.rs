@@ -70,6 +70,8 @@ pub enum Ended {
 pub struct FlowEvents {
     ring: Ring,
     tick: Option<time::Interval>,
+    /// More was unread than was taken in one go.
+    more: bool,
 }
 
 enum Ring {
@@ -86,11 +88,16 @@ impl fmt::Debug for FlowEvents {
 
 impl FlowEvents {
     pub(super) fn take(object: &mut Ebpf) -> Result<FlowEvents, CaptureError> {
-        Ok(FlowEvents { ring: Ring::Fresh(Some(take(object, EVENTS_MAP)?)), tick: None })
+        Ok(FlowEvents {
+            ring: Ring::Fresh(Some(take(object, EVENTS_MAP)?)),
+            tick: None,
+            more: false,
+        })
     }
 
     /// The next events, at least one, in their order; they may be told up to some 100 ms late, so that
-    /// many are read in one go. Safe to cancel.
+    /// many are read in one go, and of a short connection both the beginning and the end. Safe to
+    /// cancel.
     pub async fn next(&mut self) -> io::Result<Vec<FlowEvent>> {
         if let Ring::Fresh(ring) = &mut self.ring
             && let Some(ring) = ring.take()
@@ -107,18 +114,25 @@ impl FlowEvents {
             tick
         });
         loop {
+            // Never at once after the last ones: the more often it is looked, the fewer there are.
+            if !std::mem::take(&mut self.more) {
+                tokio::select! {
+                    ready = ring.readable_mut() => {
+                        ready?.clear_ready();
+                        tick.reset();
+                    }
+                    _ = tick.tick() => {}
+                }
+            }
             let mut events = Vec::new();
             while events.len() < AT_ONCE
                 && let Some(item) = ring.get_mut().next()
             {
                 events.extend(parse(&item));
             }
+            self.more = events.len() == AT_ONCE;
             if !events.is_empty() {
                 return Ok(events);
-            }
-            tokio::select! {
-                ready = ring.readable_mut() => ready?.clear_ready(),
-                _ = tick.tick() => {}
             }
         }
     }

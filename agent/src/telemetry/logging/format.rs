@@ -13,6 +13,9 @@ use tracing_subscriber::registry::LookupSpan;
 
 use super::directives::OWN;
 
+/// More than most lines have, in bytes.
+const LINE: usize = 640;
+
 /// `LOG_FORMAT`
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogFormat {
@@ -56,11 +59,14 @@ where
             level: level(*event.metadata().level()),
             scope: scope(event.metadata().target()),
         };
+        // Made in one piece: what is given to the writer goes through two others on its way.
+        let mut line = String::with_capacity(LINE);
         match self {
-            LogFormat::Plain => plain(&head, event, &mut writer),
-            LogFormat::Json => json(&head, event, &mut writer),
+            LogFormat::Plain => plain(&head, event, &mut line),
+            LogFormat::Json => json(&head, event, &mut line),
         }?;
-        writer.write_char('\n')
+        line.push('\n');
+        writer.write_str(&line)
     }
 }
 
@@ -77,8 +83,23 @@ impl fmt::Display for Now {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (year, month, day) = self.0.to_calendar_date();
         let (hour, minute, second, micro) = self.0.time().as_hms_micro();
-        let month = u8::from(month);
-        write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micro:06}Z")
+        let mut text = *b"0000-00-00T00:00:00.000000Z";
+        for (range, number) in [
+            (0..4, year.unsigned_abs()),
+            (5..7, u8::from(month).into()),
+            (8..10, day.into()),
+            (11..13, hour.into()),
+            (14..16, minute.into()),
+            (17..19, second.into()),
+            (20..26, micro),
+        ] {
+            let mut rest = number;
+            for digit in text.get_mut(range).unwrap_or_default().iter_mut().rev() {
+                *digit += (rest % 10) as u8;
+                rest /= 10;
+            }
+        }
+        f.write_str(std::str::from_utf8(&text).unwrap_or_default())
     }
 }
 
@@ -96,13 +117,13 @@ fn scope(target: &str) -> &str {
     target.strip_prefix(OWN).unwrap_or(target)
 }
 
-fn plain(head: &Head, event: &Event, writer: &mut Writer) -> fmt::Result {
+fn plain(head: &Head, event: &Event, line: &mut String) -> fmt::Result {
     let Head { time, level, scope } = head;
-    write!(writer, "{time}\t{level}\t{scope}\t")?;
-    let mut message = PlainMessage { writer, result: Ok(()) };
+    write!(line, "{time}\t{level}\t{scope}\t")?;
+    let mut message = PlainMessage { line, result: Ok(()) };
     event.record(&mut message);
     message.result?;
-    let mut fields = PlainFields { writer, first: true, result: Ok(()) };
+    let mut fields = PlainFields { line, first: true, result: Ok(()) };
     event.record(&mut fields);
     fields.result
 }
@@ -110,55 +131,54 @@ fn plain(head: &Head, event: &Event, writer: &mut Writer) -> fmt::Result {
 const MESSAGE: &str = "message";
 
 /// Writes the message only, whatever its place among the fields.
-struct PlainMessage<'a, 'w> {
-    writer: &'a mut Writer<'w>,
+struct PlainMessage<'a> {
+    line: &'a mut String,
     result: fmt::Result,
 }
 
-impl Visit for PlainMessage<'_, '_> {
+impl Visit for PlainMessage<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         if field.name() == MESSAGE && self.result.is_ok() {
-            self.result = write!(OneLine(self.writer), "{value:?}");
+            self.result = write!(OneLine(self.line), "{value:?}");
         }
     }
 }
 
 /// Writes `key=value` of all fields but the message.
-struct PlainFields<'a, 'w> {
-    writer: &'a mut Writer<'w>,
+struct PlainFields<'a> {
+    line: &'a mut String,
     first: bool,
     result: fmt::Result,
 }
 
-impl<'w> PlainFields<'_, 'w> {
-    fn write(&mut self, field: &Field, value: impl FnOnce(&mut Writer<'w>) -> fmt::Result) {
-        if field.name() != MESSAGE && self.result.is_ok() {
-            self.result = self.key(field.name()).and_then(|()| value(self.writer));
+impl PlainFields<'_> {
+    fn write(&mut self, field: &Field, value: impl FnOnce(&mut String) -> fmt::Result) {
+        if field.name() == MESSAGE || self.result.is_err() {
+            return;
         }
-    }
-
-    fn key(&mut self, name: &str) -> fmt::Result {
-        self.writer.write_char(if std::mem::take(&mut self.first) { '\t' } else { ' ' })?;
-        self.writer.write_str(name)?;
-        self.writer.write_char('=')
+        self.line.push(if std::mem::take(&mut self.first) { '\t' } else { ' ' });
+        self.line.push_str(field.name());
+        self.line.push('=');
+        self.result = value(self.line);
     }
 }
 
-impl Visit for PlainFields<'_, '_> {
+impl Visit for PlainFields<'_> {
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.write(field, |writer| match is_plain(value) {
+        self.write(field, |line| match is_plain(value) {
             // As below, for what nearly all values are.
             true => {
-                writer.write_char('"')?;
-                writer.write_str(value)?;
-                writer.write_char('"')
+                line.push('"');
+                line.push_str(value);
+                line.push('"');
+                Ok(())
             }
-            false => write!(OneLine(writer), "{value:?}"),
+            false => write!(OneLine(line), "{value:?}"),
         });
     }
 
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.write(field, |writer| write!(OneLine(writer), "{value:?}"));
+        self.write(field, |line| write!(OneLine(line), "{value:?}"));
     }
 }
 
@@ -168,54 +188,57 @@ fn is_plain(text: &str) -> bool {
 }
 
 /// Escapes control characters, so that no value from elsewhere can begin a line of its own.
-struct OneLine<'a, 'w>(&'a mut Writer<'w>);
+struct OneLine<'a>(&'a mut String);
 
-impl fmt::Write for OneLine<'_, '_> {
+impl fmt::Write for OneLine<'_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         // Bytes of which control characters are made: C0, DEL, and the lead byte of C1.
         if !text.bytes().any(|byte| byte < 0x20 || byte == 0x7f || byte == 0xc2) {
-            return self.0.write_str(text);
+            self.0.push_str(text);
+            return Ok(());
         }
         let mut rest = text;
         while let Some((start, control)) = rest.char_indices().find(|(_, c)| c.is_control()) {
             let (clean, tail) = rest.split_at(start);
-            self.0.write_str(clean)?;
+            self.0.push_str(clean);
             write!(self.0, "{}", control.escape_default())?;
             rest = tail.strip_prefix(control).unwrap_or_default();
         }
-        self.0.write_str(rest)
+        self.0.push_str(rest);
+        Ok(())
     }
 }
 
-fn json(head: &Head, event: &Event, writer: &mut Writer) -> fmt::Result {
+fn json(head: &Head, event: &Event, line: &mut String) -> fmt::Result {
     let Head { time, level, scope } = head;
-    write!(writer, "{{\"level\":\"{level}\",\"time\":\"{time}\",\"scope\":{}", quoted(scope)?)?;
+    write!(line, "{{\"level\":\"{level}\",\"time\":\"{time}\",\"scope\":{}", quoted(scope)?)?;
     // The message comes before the fields, whatever its place among them.
     for message in [true, false] {
-        let mut fields = JsonFields { writer, message, result: Ok(()) };
+        let mut fields = JsonFields { line, message, result: Ok(()) };
         event.record(&mut fields);
         fields.result?;
     }
-    writer.write_char('}')
+    line.push('}');
+    Ok(())
 }
 
 /// Writes either the message or all fields but the message.
-struct JsonFields<'a, 'w> {
-    writer: &'a mut Writer<'w>,
+struct JsonFields<'a> {
+    line: &'a mut String,
     message: bool,
     result: fmt::Result,
 }
 
-impl JsonFields<'_, '_> {
+impl JsonFields<'_> {
     fn write(&mut self, field: &Field, value: impl FnOnce() -> Result<String, fmt::Error>) {
         if (field.name() == MESSAGE) == self.message && self.result.is_ok() {
             self.result =
-                quoted(field.name()).and_then(|name| write!(self.writer, ",{name}:{}", value()?));
+                quoted(field.name()).and_then(|name| write!(self.line, ",{name}:{}", value()?));
         }
     }
 }
 
-impl Visit for JsonFields<'_, '_> {
+impl Visit for JsonFields<'_> {
     fn record_u64(&mut self, field: &Field, value: u64) {
         self.write(field, || Ok(value.to_string()));
     }
