@@ -122,18 +122,20 @@ impl Mesh {
 struct Events {
     told: FlowEvents,
     unread: VecDeque<FlowEvent>,
+    /// What is waited on belongs to it.
+    runtime: tokio::runtime::Runtime,
 }
 
 impl Events {
     fn of(direct: &Direct) -> Events {
-        Events { told: direct.events().unwrap(), unread: VecDeque::new() }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        Events { told: direct.events().unwrap(), unread: VecDeque::new(), runtime }
     }
 
     fn next(&mut self) -> FlowEvent {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         while self.unread.is_empty() {
             let next = async { tokio::time::timeout(LIMIT, self.told.next()).await };
-            self.unread.extend(runtime.block_on(next).expect("an event comes").unwrap());
+            self.unread.extend(self.runtime.block_on(next).expect("an event comes").unwrap());
         }
         self.unread.pop_front().unwrap()
     }

@@ -38,9 +38,7 @@ impl Identity {
             .iter()
             .all(|part| !part.is_empty() && !part.contains('/'))
     }
-}
 
-impl Identity {
     /// As it is displayed, in one piece.
     pub fn uri(&self) -> String {
         let Self { trust_domain, namespace, service_account } = self;

@@ -96,8 +96,8 @@ impl FlowEvents {
     }
 
     /// The next events, at least one, in their order; they may be told up to some 100 ms late, so that
-    /// many are read in one go, and of a short connection both the beginning and the end. Safe to
-    /// cancel.
+    /// many are read in one go, and of a short connection both the beginning and the end. Always called
+    /// in the same runtime. Safe to cancel.
     pub async fn next(&mut self) -> io::Result<Vec<FlowEvent>> {
         if let Ring::Fresh(ring) = &mut self.ring
             && let Some(ring) = ring.take()
