@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result};
 use bytes::Bytes;
 use culvert_lab::mesh::Running;
+use culvert_lab::wait;
 use h2::server::SendResponse;
 use http::{HeaderMap, Method, Response, StatusCode};
 use rustls::RootCertStore;
@@ -51,7 +52,10 @@ impl Terminus {
             .with_single_cert(chain, key.into())?;
         config.alpn_protocols = vec![b"h2".to_vec()];
         let at = SocketAddr::from((Ipv6Addr::UNSPECIFIED, HBONE));
-        let listener = mesh.pod(pod).place().run(|| std::net::TcpListener::bind(at))?;
+        // A process that this one starts holds what is open here, until it has become another program.
+        let listener = wait::until_some(format!("{at} to be free"), wait::SOON, || {
+            mesh.pod(pod).place().run(|| std::net::TcpListener::bind(at))
+        })?;
         listener.set_nonblocking(true)?;
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
