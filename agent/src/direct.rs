@@ -215,43 +215,51 @@ impl Direct {
         }
     }
 
-    /// Serves for as long as it is polled. `synced` is ready when there is a whole mesh to decide on;
+    /// Serves until another agent is there. `synced` is ready when there is a whole mesh to decide on;
     /// `adopting` is open until nothing is admitted any more by what only an earlier agent decided.
     pub async fn run(self, node: Arc<Node>, synced: impl Future<Output = ()>, adopting: OpenTask) {
-        let Some(mut offered) = self.0.offered.lock().take() else { return };
+        let Some(offered) = self.0.offered.lock().take() else { return };
         synced.await;
         let limit = Instant::now() + ADOPTION_LIMIT;
-        let failed = |error: CaptureError| {
-            tracing::error!(%error, "the kernel admits nothing by itself");
-            if let Err(error) = self.0.verdicts.close() {
-                tracing::error!(%error, "but by the verdicts of an earlier agent");
-            }
-        };
-        if let Err(error) = self.adopt(&node.mesh, Pending::Certificates, limit).await {
-            return failed(error);
-        }
+        let known = self.adopt(&node.mesh, Pending::Certificates, limit).await;
         // From here on it is known whose the connections are.
         let following = flows::follow(self.clone(), node.clone());
-        tokio::pin!(following);
-        tokio::select! {
-            adopted = self.adopt(&node.mesh, Pending::Nothing, limit) => match adopted {
+        let deciding = async {
+            let adopted = match known {
+                Ok(()) => self.adopt(&node.mesh, Pending::Nothing, limit).await,
+                Err(error) => Err(error),
+            };
+            let Err(error) = adopted else {
+                drop(adopting);
+                return self.decide(&node.mesh, offered).await;
+            };
+            tracing::error!(%error, "the kernel admits nothing by itself");
+            match self.0.verdicts.close() {
                 Ok(()) => drop(adopting),
-                Err(error) => return failed(error),
-            },
-            () = &mut following => return,
+                Err(error) => tracing::error!(%error, "but by the verdicts of an earlier agent"),
+            }
+            // What lives is followed all the same.
+            std::future::pending().await
+        };
+        tokio::select! {
+            () = following => {}
+            () = deciding => {}
+            () = self.0.stopped.cancelled() => {}
         }
+    }
+
+    /// Gives the verdicts that connections ask for, and extends their time.
+    async fn decide(&self, mesh: &Mesh, mut offered: mpsc::Receiver<VerdictKey>) {
         let verdicts = &self.0.verdicts;
         let beat = (verdicts.terms().admit_time / 4).min(LONGEST_BEAT);
         let mut beats = interval(beat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                Some(key) = offered.recv() => verdicts.grant(&node.mesh, key),
-                _ = beats.tick() => if let Err(error) = verdicts.extend(&node.mesh) {
+                Some(key) = offered.recv() => verdicts.grant(mesh, key),
+                _ = beats.tick() => if let Err(error) = verdicts.extend(mesh) {
                     tracing::error!(%error, "cannot extend the time of admission");
                 },
-                () = &mut following => return,
-                () = self.0.stopped.cancelled() => return,
             }
         }
     }

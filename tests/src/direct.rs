@@ -106,6 +106,15 @@ pub fn opened(agent: &Agent) -> Result<f64> {
     agent.metric("culvert_direct_connections_total", &["result=\"direct\""])
 }
 
+/// Waits until so many more have gone straight.
+pub fn straight_again(agent: &Agent, count: u32) -> Result<()> {
+    let before = opened(agent)?;
+    wait::until_some(format!("{count} connections to go straight"), wait::SOON, || {
+        let more = opened(agent)? - before;
+        if more >= f64::from(count) { Ok(()) } else { Err(anyhow!("{more} have")) }
+    })
+}
+
 /// How long after a publication connections ended that it no longer permits.
 #[derive(Debug)]
 pub struct Lateness {

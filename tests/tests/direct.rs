@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use culvert_lab::agent::Agent;
 use culvert_lab::mesh::{Match, Mesh, PodSpec, PolicySpec, Running, ServiceSpec};
 use culvert_lab::wait;
-use culvert_tests::direct::{Lateness, Stream, Verdict, closed, opened, verdict, warm, with};
+use culvert_tests::direct::{
+    Lateness, Stream, Verdict, closed, opened, straight_again, verdict, warm, with,
+};
 use culvert_tests::expect::{answer, counted, edit, is_refused, is_reset, logged, rule};
 use culvert_tests::hunt::{Hunt, answer_one};
 use culvert_tests::load::Load;
@@ -226,16 +228,37 @@ fn denied_connections_end_within_a_moment_and_new_ones_are_refused() {
     logged(&a, &["connection complete", "policy change", "no-client"]).unwrap();
 }
 
+/// A service of two pods of the node that policies can tell apart, and its address.
+fn service_of_two() -> (Running, (IpAddr, u16)) {
+    let service =
+        ServiceSpec::new("both", "shop").port(80, PORT).endpoint("near").endpoint("apart");
+    let mesh = one_node().pod("apart", "depot", "apart").service(service).start().unwrap();
+    for pod in ["near", "apart"] {
+        serve(&mesh, pod, PORT, echo).unwrap();
+    }
+    let to = (mesh.service("both")[0], 80);
+    (mesh, to)
+}
+
+/// The kernel admits to both pods of a service, and thereby to the service's address.
+fn warm_all(mesh: &Running, agent: &Agent, service: (IpAddr, u16)) {
+    let pods = ["near", "apart"].map(|pod| both(mesh, pod)[0]);
+    for to in pods.into_iter().chain([service]) {
+        warm(mesh, agent, "client", to).unwrap();
+    }
+}
+
 #[test]
 fn flows_outlive_fifty_deaths_of_the_agent_and_lose_no_byte() {
-    let mesh = started();
+    let (mesh, service) = service_of_two();
     let mut a = mesh.agent("a", &binary()).unwrap();
     let to = both(&mesh, "near");
     for to in to {
         warm(&mesh, &a, "client", to).unwrap();
     }
+    warm_all(&mesh, &a, service);
     let streams = to.map(|to| Stream::start(&mesh, "client", to).unwrap());
-    let load = Load::start(&mesh, "client", &to, 2);
+    let load = Load::start(&mesh, "client", &[to[0], to[1], service], 2);
     for round in 0..50 {
         kill(&mut a);
         // Nobody is there, and connections are made all the same.
@@ -243,7 +266,10 @@ fn flows_outlive_fifty_deaths_of_the_agent_and_lose_no_byte() {
         streams.iter().for_each(|stream| stream.wait(5).unwrap());
         a = mesh.agent("a", &binary()).unwrap();
         // An agent that is ready has taken up what stands.
-        assert_eq!(verdict(&a, "web/client", to[0]).unwrap(), Verdict::Given, "round {round}");
+        for to in [to[0], service] {
+            let found = verdict(&a, "web/client", to).unwrap();
+            assert_eq!(found, Verdict::Given, "round {round}, {to:?}");
+        }
     }
     let tally = load.stop();
     assert_eq!(tally.failed(), 0, "{tally}");
@@ -279,23 +305,39 @@ fn flows_outlive_twenty_upgrades_and_lose_no_byte() {
     assert_eq!(verdict(&a, "web/client", to[0]).unwrap(), Verdict::Given);
 }
 
-#[test]
-fn agent_that_comes_back_takes_back_what_changed_meanwhile() {
-    let mut mesh = started();
+/// What is left when an agent is killed that let two pods go straight to where it says.
+fn left_behind() -> (Running, (IpAddr, u16)) {
+    let mesh = started();
     let mut a = mesh.agent("a", &binary()).unwrap();
     let to = both(&mesh, "near")[0];
     for pod in ["client", "other"] {
         warm(&mesh, &a, pod, to).unwrap();
     }
-    let denied = connect(&mesh, "client", to).unwrap();
-    let stays = Stream::start(&mesh, "other", to).unwrap();
     kill(&mut a);
+    (mesh, to)
+}
+
+/// Starts an agent that gets no certificates, and waits until it has its pods.
+fn unproven(mesh: &Running) -> Agent {
+    // Nobody listens there.
+    let options = with(mesh, &[("CA_ADDRESS", "https://127.0.0.1:1")]);
+    let a = Agent::start(mesh.lab(), mesh.node("a"), &options).unwrap();
+    // The log is that of both agents.
+    let up = || a.log().matches("culvert is up").count() == 2;
+    wait::until("the pods to be enrolled", wait::SOON, up).unwrap();
+    a
+}
+
+#[test]
+fn agent_that_comes_back_takes_back_what_changed_meanwhile() {
+    let (mut mesh, to) = left_behind();
+    let mut denied = connect(&mesh, "client", to).unwrap();
+    let stays = Stream::start(&mesh, "other", to).unwrap();
     mesh.change(|mesh| mesh.policies.push(no_client())).unwrap();
     let a = mesh.agent("a", &binary()).unwrap();
     // From when it is ready, nothing goes by what the one before it decided.
     is_refused(&mesh, "client", to).unwrap();
     assert_eq!(verdict(&a, "web/other", to).unwrap(), Verdict::Given);
-    let mut denied = denied;
     match denied.read(&mut [0; 8]) {
         Err(error) => assert_ne!(error.kind(), std::io::ErrorKind::WouldBlock, "goes on"),
         Ok(count) => panic!("{count} bytes of a connection that is denied"),
@@ -306,21 +348,9 @@ fn agent_that_comes_back_takes_back_what_changed_meanwhile() {
 
 #[test]
 fn agent_without_certificates_lets_stand_what_is_permitted_and_takes_back_what_is_denied() {
-    let mut mesh = started();
-    let mut a = mesh.agent("a", &binary()).unwrap();
-    let to = both(&mesh, "near")[0];
-    for pod in ["client", "other"] {
-        warm(&mesh, &a, pod, to).unwrap();
-    }
+    let (mut mesh, to) = left_behind();
     let denied = connect(&mesh, "client", to).unwrap();
-    kill(&mut a);
-    // Nobody listens there.
-    let options = with(&mesh, &[("CA_ADDRESS", "https://127.0.0.1:1")]);
-    let a = Agent::start(mesh.lab(), mesh.node("a"), &options).unwrap();
-    wait::until("the pods to be enrolled", wait::SOON, || {
-        a.log().matches("culvert is up").count() == 2
-    })
-    .unwrap();
+    let a = unproven(&mesh);
     for pod in ["client", "other"] {
         assert_eq!(call(&mesh, pod, to, "still").unwrap(), "still");
     }
@@ -334,6 +364,25 @@ fn agent_without_certificates_lets_stand_what_is_permitted_and_takes_back_what_i
     logged(&a, &["not all pods", "certificate"]).unwrap();
     wait::until("it to be ready", wait::SOON, || pending() == serde_json::json!([])).unwrap();
     is_refused(&mesh, "other", to).unwrap();
+}
+
+#[test]
+fn agent_without_certificates_takes_back_what_is_denied_at_one_of_two_backends() {
+    let (mut mesh, service) = service_of_two();
+    let mut a = mesh.agent("a", &binary()).unwrap();
+    warm_all(&mesh, &a, service);
+    kill(&mut a);
+    let a = unproven(&mesh);
+    let apart = both(&mesh, "apart")[0];
+    for to in [service, apart] {
+        assert_eq!(call(&mesh, "client", to, "still").unwrap(), "still");
+    }
+    // At the other one only.
+    edit(&mut mesh, &[&a], |mesh| mesh.policies.push(no_client())).unwrap();
+    for _ in 0..20 {
+        is_refused(&mesh, "client", service).unwrap();
+    }
+    assert_eq!(call(&mesh, "client", apart, "still").unwrap(), "still");
 }
 
 #[test]
@@ -387,9 +436,7 @@ fn while_policies_flip_nothing_is_admitted_that_is_denied() {
         wait::pass(Duration::from_millis(100));
         hunt.undone();
         edit(&mut mesh, &[&a], |mesh| mesh.policies.clear()).unwrap();
-        let before = opened(&a).unwrap();
-        let again = || opened(&a).unwrap() > before + 20.0;
-        wait::until("connections again", wait::SOON, again).unwrap();
+        straight_again(&a, 20).unwrap();
     }
     let tally = hunt.end();
     assert_eq!(tally.served_though_denied, 0, "{tally:?}");

@@ -15,7 +15,7 @@ use culvert_proto::istio::security::string_match::MatchType;
 use culvert_proto::istio::security::{Authorization, Clause, Match, Rule, StringMatch};
 use culvert_tests::cluster::Cluster;
 use culvert_tests::control::World;
-use culvert_tests::direct::{Lateness, Stream, opened, warm};
+use culvert_tests::direct::{Lateness, Stream, opened, straight_again, warm};
 use culvert_tests::hunt::{Hunt, answer_one};
 use culvert_tests::upgrade::{TAKE_OVER, wait_ended};
 use culvert_tests::{connect, echo, serve};
@@ -151,9 +151,7 @@ fn agents_that_follow_each_other_leave_no_verdict_that_nobody_takes_back() {
         wait::pass(WINDOW * 20);
         hunt.undone();
         flip(&world, |world| world.remove_policy("shop/no-client"));
-        let straight = opened(&agent).unwrap();
-        let again = || opened(&agent).unwrap() > straight + 20.0;
-        wait::until("connections again", wait::SOON, again).unwrap();
+        straight_again(&agent, 20).unwrap();
     }
     let tally = hunt.end();
     assert_eq!(tally.served_though_denied, 0, "{tally:?}");

@@ -16,9 +16,11 @@ use std::time::{Duration, Instant};
 use culvert_abi::ABI_VERSION;
 use culvert_agent::handover::{self, Asked, Estate, Greeting, PROTOCOL, Predecessor, Socket, Wish};
 use culvert_lab::agent::{Agent, AgentOptions};
-use culvert_lab::mesh::{Mesh, PodSpec, Running, ServiceSpec};
+use culvert_lab::mesh::{Match, Mesh, PodSpec, PolicySpec, Running, ServiceSpec};
 use culvert_lab::wait;
 use culvert_tests::cni::{Arrangement, Town};
+use culvert_tests::direct::warm;
+use culvert_tests::expect::{edit, is_refused, rule};
 use culvert_tests::figures::{self, Figures};
 use culvert_tests::load::Load;
 use culvert_tests::names::{ask_tcp, ask_udp, query};
@@ -369,6 +371,33 @@ fn successor_that_dies_midway_leaves_the_old_agent_serving() {
     let tally = load.stop();
     assert_eq!(tally.failed(), 0, "{tally}");
     assert!(new.process().terminate(wait::SOON).unwrap().success());
+}
+
+#[test]
+fn successor_that_vanishes_as_it_takes_leaves_the_old_agent_deciding() {
+    let mut mesh = mesh();
+    let mut a = mesh.agent("a", &binary()).unwrap();
+    let to = both(&mesh, "near");
+    warm(&mesh, &a, "client", to[0]).unwrap();
+    let own = greeting(&mesh, "a");
+    Runtime::new().unwrap().block_on(async {
+        let mut bequest = find(&mesh, "a", &own).await.ask().await.unwrap();
+        // It hears that it is to give all, and that nobody is there, at once.
+        a.process().signal(libc::SIGSTOP).unwrap();
+        let taking = bequest.take();
+        assert!(tokio::time::timeout(Duration::from_millis(50), taking).await.is_err(), "answered");
+        drop(bequest);
+        a.process().signal(libc::SIGCONT).unwrap();
+    });
+    wait::until("the failure", wait::SOON, || handovers(&a, "failed") == 1.0).unwrap();
+    // It gives verdicts, and takes them back.
+    warm(&mesh, &a, "client", to[1]).unwrap();
+    let client = Match::any().service_account("web", "client");
+    let policy = PolicySpec::deny("no-client", "shop", vec![rule(client)]);
+    edit(&mut mesh, &[&a], |mesh| mesh.policies.push(policy)).unwrap();
+    for to in to {
+        is_refused(&mesh, "client", to).unwrap();
+    }
 }
 
 #[test]

@@ -38,18 +38,13 @@ impl Identity {
             .iter()
             .all(|part| !part.is_empty() && !part.contains('/'))
     }
-
-    /// As it is displayed, in one piece.
-    pub fn uri(&self) -> String {
-        let Self { trust_domain, namespace, service_account } = self;
-        ["spiffe://", trust_domain, "/ns/", namespace, "/sa/", service_account].concat()
-    }
 }
 
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { trust_domain, namespace, service_account } = self;
-        write!(f, "spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}")
+        let parts = ["spiffe://", trust_domain, "/ns/", namespace, "/sa/", service_account];
+        parts.iter().try_for_each(|part| f.write_str(part))
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use culvert_core::identity::Identity;
 use culvert_core::tables::{NetnsCookie, VerdictId, VerdictKey};
 use culvert_core::verdict::Verdict;
 use culvert_core::workload::Workload;
@@ -34,6 +35,8 @@ pub struct Grant {
     pub verdict: Verdict,
     /// Those of the verdict's backends, in their order.
     pub pods: Vec<LocalPod>,
+    /// Somebody whom policy permits is left to the agent for want of this certificate.
+    pub lacking: Option<Identity>,
     /// In time since the machine was started.
     pub expires: Duration,
     /// The last time a connection was seen, in seconds since the machine was started.

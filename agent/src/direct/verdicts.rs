@@ -5,33 +5,30 @@
 //! would not give, once whoever published is told so.
 
 mod adoption;
+mod decision;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use culvert_core::addr::OriginalDst;
-use culvert_core::identity::Identity;
-use culvert_core::route::Outbound;
-use culvert_core::snapshot::Snapshot;
 use culvert_core::tables::{self, NetnsCookie, VerdictId, VerdictKey};
-use culvert_core::verdict::{self, AskAgent, Verdict};
-use culvert_core::view::{Answers, Chosen, Coverage, Enrolled, View};
-use culvert_core::workload::Workload;
+use culvert_core::verdict;
+use culvert_core::view::{Chosen, Coverage};
 use parking_lot::Mutex;
-use rand::SeedableRng;
-use rand::rngs::SmallRng;
 use tokio::sync::Notify;
 
-use super::table::{Grant, LocalPod, Room, Table};
+use super::table::{Grant, Room, Table};
 use crate::ca::Certificates;
 use crate::capture::direct::since_boot;
 use crate::capture::{self, CaptureError, Redirection};
 use crate::node::{LocalPods, Mesh, Publication};
 use adoption::Adopted;
 pub(super) use adoption::Pending;
+pub use decision::NoVerdict;
+use decision::{PodIndex, World};
 
 /// A certificate that was renewed moves the end of a verdict by more than this.
 const RENEWED: Duration = Duration::from_secs(1);
@@ -49,17 +46,6 @@ pub struct Terms {
     pub admit_time: Duration,
     /// Whose connections among each other may be accelerated.
     pub accelerated: Chosen,
-}
-
-/// Why the kernel has no verdict.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NoVerdict {
-    #[error("the pod is not enrolled, or its workload is not known")]
-    Unknown,
-    #[error(transparent)]
-    Ask(#[from] AskAgent),
-    #[error("there is no certificate of {0}")]
-    NoCertificate(Identity),
 }
 
 /// The verdicts of one agent.
@@ -98,36 +84,6 @@ enum Stage {
     Adopting,
     /// All that the kernel holds is its own: from now on there are new verdicts.
     Serving,
-}
-
-/// The enrolled pods whose workload is known.
-#[derive(Default)]
-struct PodIndex {
-    of: Arc<LocalPods>,
-    by_netns: HashMap<NetnsCookie, (LocalPod, Arc<str>)>,
-    by_workload: HashMap<Arc<str>, LocalPod>,
-}
-
-impl PodIndex {
-    fn new(pods: &Arc<LocalPods>) -> Self {
-        let known = pods.iter().filter_map(|(pod, workload)| {
-            let netns = pod.netns.cookie();
-            Some((LocalPod { uid: pod.uid.clone(), netns }, workload.clone()?))
-        });
-        let known: Vec<_> = known.collect();
-        Self {
-            of: pods.clone(),
-            by_workload: known.iter().cloned().map(|(pod, uid)| (uid, pod)).collect(),
-            by_netns: known.into_iter().map(|(pod, uid)| (pod.netns, (pod, uid))).collect(),
-        }
-    }
-}
-
-/// What is published.
-struct World<'a> {
-    snapshot: &'a Snapshot,
-    enrolled: &'a Enrolled,
-    pods: &'a PodIndex,
 }
 
 impl Verdicts {
@@ -202,7 +158,7 @@ impl Verdicts {
         let mut state = self.state.lock();
         let (snapshot, enrolled) = (mesh.snapshot(), mesh.enrolled());
         let pods = state.pods(&mesh.pods());
-        let pod = pods.by_workload.get(source).ok_or(NoVerdict::Unknown)?;
+        let pod = pods.of_workload(source).ok_or(NoVerdict::Unknown)?;
         let key = VerdictKey { source: pod.netns, destination: to };
         if let Some(grant) = state.table.get(&key) {
             return Ok(Some(grant.id));
@@ -293,7 +249,8 @@ impl Verdicts {
         }
     }
 
-    /// Lets verdicts count for a while longer, and end with the certificates of now.
+    /// Lets verdicts count for a while longer, and hold for whom and until when the certificates of now
+    /// do.
     pub fn extend(&self, mesh: &Mesh) -> Result<(), CaptureError> {
         // Unless that was done when this agent began.
         self.settle(mesh)?;
@@ -314,7 +271,8 @@ impl Verdicts {
         for key in state.table.keys() {
             let Some(grant) = state.table.get(&key).cloned() else { continue };
             let expires = self.expires(&grant.source, &grant.verdict);
-            if expires.is_none_or(|expires| expires.abs_diff(grant.expires) > RENEWED) {
+            let same_end = |expires: Duration| expires.abs_diff(grant.expires) <= RENEWED;
+            if grant.lacking.is_some() || !expires.is_some_and(same_end) {
                 self.renew(&mut state, &world, &grant);
             }
         }
@@ -376,69 +334,6 @@ impl Verdicts {
         self.touched.lock().insert(source);
         self.touch.notify_one();
     }
-
-    fn decide(
-        &self,
-        world: &World<'_>,
-        key: VerdictKey,
-        id: VerdictId,
-    ) -> Result<Grant, NoVerdict> {
-        let (pod, uid) = world.pods.by_netns.get(&key.source).ok_or(NoVerdict::Unknown)?;
-        let source = world.snapshot.workload(uid).ok_or(NoVerdict::Unknown)?;
-        let destination = OriginalDst::new(key.destination);
-        let same_family = |ip: &&std::net::IpAddr| ip.is_ipv4() == destination.ip().is_ipv4();
-        let client = source.addresses.iter().find(same_family).ok_or(AskAgent::Address)?;
-        let answers = Answers::default();
-        let view = View {
-            snapshot: world.snapshot,
-            network: &self.terms.network,
-            node: &self.terms.node,
-            enrolled: world.enrolled,
-            answers: &answers,
-            coverage: self.terms.coverage,
-        };
-        let request = Outbound { source, client: *client, destination };
-        let mut verdict = verdict::decide(&view, &request, &mut SmallRng::seed_from_u64(0))?;
-        let identity = source.identity();
-        self.certificates.remaining(&identity).ok_or(NoVerdict::NoCertificate(identity))?;
-        let mut lacking = None;
-        let holds = verdict.retain(|backend| {
-            let identity = backend.workload.identity();
-            let is_proven = self.certificates.remaining(&identity).is_some();
-            if !is_proven {
-                lacking = Some(NoVerdict::NoCertificate(identity));
-            }
-            is_proven && world.pods.by_workload.contains_key(&backend.workload.uid)
-        });
-        if !holds {
-            return Err(lacking.unwrap_or(NoVerdict::Unknown));
-        }
-        let expires = self.expires(source, &verdict).ok_or(NoVerdict::Unknown)?;
-        let pods = verdict
-            .backends
-            .iter()
-            .filter_map(|backend| world.pods.by_workload.get(&backend.workload.uid).cloned());
-        Ok(Grant {
-            id,
-            key,
-            source: source.clone(),
-            source_pod: pod.clone(),
-            pods: pods.collect(),
-            verdict,
-            expires,
-            used: AtomicU64::new(since_boot().as_secs()),
-        })
-    }
-
-    /// When the first of the certificates ends.
-    fn expires(&self, source: &Workload, verdict: &Verdict) -> Option<Duration> {
-        let backends = verdict.backends.iter().map(|backend| backend.workload.identity());
-        let mut first = self.certificates.remaining(&source.identity())?;
-        for identity in backends {
-            first = first.min(self.certificates.remaining(&identity)?);
-        }
-        Some(since_boot() + first)
-    }
 }
 
 impl State {
@@ -472,13 +367,6 @@ impl Grant {
         let backends = self.backends(chosen);
         let elsewhere = self.verdict.elsewhere;
         tables::Verdict { id: self.id, expires: self.expires, backends, elsewhere }
-    }
-
-    /// Whether the kernel was told the same, but for how connections travel.
-    fn admits_as(&self, found: &tables::Verdict) -> bool {
-        let told = |backend: &tables::Backend| (backend.to, backend.netns, backend.weight);
-        self.backends(None).iter().map(told).eq(found.backends.iter().map(told))
-            && self.verdict.elsewhere == found.elsewhere
     }
 }
 

@@ -124,7 +124,7 @@ fn source_cluster(context: &ConnectionContext) -> Option<&str> {
 
 fn source_identity(context: &ConnectionContext) -> Option<String> {
     let identity = context.source_identity.as_ref().filter(|_| context.mutual_tls)?;
-    Some(identity.uri())
+    Some(identity.to_string())
 }
 
 fn destination_workload(context: &ConnectionContext) -> Option<&str> {
@@ -152,7 +152,7 @@ fn destination_cluster(context: &ConnectionContext) -> Option<&str> {
 }
 
 fn destination_identity(context: &ConnectionContext) -> Option<String> {
-    context.told_destination_identity().map(|identity| identity.uri())
+    context.told_destination_identity().map(|identity| identity.to_string())
 }
 
 fn source_baggage(context: &ConnectionContext) -> Option<&super::context::Baggage> {

@@ -19,6 +19,7 @@ fn insert(table: &mut Table, port: u16, used: u64) -> VerdictId {
         source_pod: LocalPod { uid: "a".into(), netns: POD },
         verdict: Verdict { backends: Vec::new(), elsewhere: 0, service: None },
         pods: Vec::new(),
+        lacking: None,
         expires: Duration::from_secs(1000),
         used: AtomicU64::new(used),
     });

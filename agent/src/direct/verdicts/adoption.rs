@@ -8,6 +8,7 @@ use culvert_core::tables::{self, NetnsCookie, VerdictKey};
 
 use super::{NoVerdict, Stage, State, Verdicts, World};
 use crate::capture::CaptureError;
+use crate::direct::table::Grant;
 use crate::node::Mesh;
 
 /// What became of an earlier agent's verdicts.
@@ -25,6 +26,17 @@ pub enum Pending {
     Certificates,
     /// Somebody's pod is captured, and not known yet.
     Pods,
+}
+
+/// What becomes of one of them.
+enum Judged {
+    Adopted(Box<Grant>),
+    /// It stands meanwhile, and why it could not be taken up now.
+    Waits(Pending, NoVerdict),
+    /// Nothing may go straight there.
+    Denied(NoVerdict),
+    /// Not all that it admits to is what would be chosen now.
+    Changed,
 }
 
 impl Verdicts {
@@ -78,31 +90,20 @@ impl Verdicts {
             if state.table.get(&key).is_some() {
                 continue;
             }
-            let is_known = ends(&key, &found).all(|pod| world.pods.by_netns.contains_key(&pod));
-            let decided = match is_known {
-                true => self.decide(world, key, found.id),
-                false => Err(NoVerdict::Unknown),
-            };
-            let (what, because) = match decided {
-                Ok(grant) if grant.admits_as(&found) => {
-                    self.write(state, grant);
+            let because = match self.judge(world, &captured, key, &found) {
+                Judged::Adopted(grant) => {
+                    self.write(state, *grant);
                     state.adopted.kept += 1;
                     continue;
                 }
-                Ok(_) => (None, "others are chosen now".to_owned()),
-                Err(because @ NoVerdict::NoCertificate(_)) => {
-                    (Some(Pending::Certificates), because.to_string())
+                Judged::Waits(for_what, _) if !is_last => {
+                    pending = pending.max(for_what);
+                    continue;
                 }
-                Err(because) => {
-                    let may_show =
-                        !is_known && ends(&key, &found).all(|pod| captured.contains(&pod));
-                    (may_show.then_some(Pending::Pods), because.to_string())
-                }
+                Judged::Waits(_, because) => because.to_string(),
+                Judged::Denied(because) => because.to_string(),
+                Judged::Changed => "others are chosen now".to_owned(),
             };
-            if let Some(what) = what.filter(|_| !is_last) {
-                pending = pending.max(what);
-                continue;
-            }
             let (source, to) = (key.source, key.destination);
             tracing::debug!(%source, %to, %because, "an earlier agent's verdict taken back");
             self.take_back(state, &key);
@@ -111,9 +112,42 @@ impl Verdicts {
         Ok(pending)
     }
 
-    /// Nothing is admitted by any verdict from now on.
+    fn judge(
+        &self,
+        world: &World<'_>,
+        captured: &HashSet<NetnsCookie>,
+        key: VerdictKey,
+        found: &tables::Verdict,
+    ) -> Judged {
+        let ends = found.backends.iter().map(|backend| backend.netns).chain([key.source]);
+        let unknown: Vec<NetnsCookie> = ends.filter(|pod| !world.pods.knows(*pod)).collect();
+        if unknown.iter().any(|pod| !captured.contains(pod)) {
+            return Judged::Denied(NoVerdict::Unknown);
+        }
+        if !unknown.is_empty() {
+            return Judged::Waits(Pending::Pods, NoVerdict::Unknown);
+        }
+        let permitted = match self.permit(world, key) {
+            Ok(permitted) => permitted,
+            Err(because) => return Judged::Denied(because),
+        };
+        let is_permitted = permitted.admits_as(found);
+        let lacking = match self.prove(world, permitted, found.id) {
+            Ok(grant) if grant.admits_as(found) => return Judged::Adopted(Box::new(grant)),
+            Ok(grant) => grant.lacking.map(NoVerdict::NoCertificate),
+            Err(because) => Some(because),
+        };
+        match lacking {
+            Some(because) if is_permitted => Judged::Waits(Pending::Certificates, because),
+            Some(_) | None => Judged::Changed,
+        }
+    }
+
+    /// Nothing is admitted by any verdict from now on, but by those of another agent that takes over.
     pub fn close(&self) -> Result<(), CaptureError> {
-        self.capture.direct().map_or(Ok(()), |kernel| kernel.admit_until(Duration::ZERO))
+        let state = self.state.lock();
+        let kernel = self.capture.direct().filter(|_| !state.away);
+        kernel.map_or(Ok(()), |kernel| kernel.admit_until(Duration::ZERO))
     }
 
     /// Neither gives verdicts nor takes them back: another agent may do so from now on.
@@ -134,9 +168,4 @@ impl Verdicts {
             }
         }
     }
-}
-
-/// The pods at both ends.
-fn ends(key: &VerdictKey, verdict: &tables::Verdict) -> impl Iterator<Item = NetnsCookie> {
-    verdict.backends.iter().map(|backend| backend.netns).chain([key.source])
 }

@@ -85,15 +85,24 @@ fn under_load(
 }
 
 /// Whether the kernel carries connections within a node by itself: an agent that comes or goes must not
-/// show in them.
+/// show in them. Calls within the node were answered before.
 fn carried_by_kernel(town: &Town, node: usize) -> Result<bool> {
     let agent = town.agent(node)?;
     if agent.kind == Kind::Ztunnel {
         return Ok(false);
     }
-    let metrics = town.agents.metrics(&agent)?;
-    let verdicts = metrics.lines().find_map(|line| line.strip_prefix("culvert_direct_verdicts "));
-    Ok(verdicts.is_some_and(|verdicts| verdicts != "0"))
+    town.until("the kernel's verdicts", || {
+        let metrics = town.agents.metrics(&agent)?;
+        let name = "culvert_direct_verdicts ";
+        match metrics.lines().find_map(|line| line.strip_prefix(name)) {
+            // This agent carries all of them itself.
+            None => Ok(false),
+            Some(verdicts) => {
+                ensure!(verdicts != "0", "{} gives the kernel none", agent.pod);
+                Ok(true)
+            }
+        }
+    })
 }
 
 /// Whether an agent of ztunnel's was disturbed on a path, and what the path lost.
