@@ -4,6 +4,7 @@ mod told;
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use culvert_core::tables::NetnsCookie;
@@ -31,6 +32,11 @@ const COMPARE: Duration = Duration::from_secs(10);
 /// looked for so often.
 const UNDER_WAY: Duration = Duration::from_millis(200);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// After so many events the processor is left to whoever waits for it (`sched_yield(2)`).
+const PORTION: usize = 64;
+/// No longer, or under load they would be told ever later.
+const YIELDING: Duration = Duration::from_millis(50);
 
 /// Follows all direct connections for as long as it is polled.
 pub(super) async fn follow(direct: Direct, node: Arc<Node>) {
@@ -92,12 +98,18 @@ impl Flows {
             FlowEvent::Opened(_) => None,
         };
         let over: HashSet<SocketCookie> = events.iter().filter_map(socket).collect();
-        for event in events {
-            match event {
-                // Of most connections both are heard at once.
-                FlowEvent::Opened(flow) if over.contains(&flow.socket) => {}
-                FlowEvent::Opened(flow) => self.open(*flow),
-                FlowEvent::Closed(flow, facts) => self.close(*flow, *facts),
+        let began = Instant::now();
+        for portion in events.chunks(PORTION) {
+            for event in portion {
+                match event {
+                    // Of most connections both are heard at once.
+                    FlowEvent::Opened(flow) if over.contains(&flow.socket) => {}
+                    FlowEvent::Opened(flow) => self.open(*flow),
+                    FlowEvent::Closed(flow, facts) => self.close(*flow, *facts),
+                }
+            }
+            if portion.len() == PORTION && began.elapsed() < YIELDING {
+                thread::yield_now();
             }
         }
     }

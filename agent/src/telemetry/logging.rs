@@ -7,8 +7,10 @@ mod directives;
 mod format;
 
 use std::fmt;
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tracing::Dispatch;
@@ -25,6 +27,8 @@ pub use format::LogFormat;
 const WAITING_LINES: usize = 16_384;
 /// How many bytes of lines may be written with one system call.
 const WRITTEN_TOGETHER: usize = 64 << 10;
+/// How long a line waits for others to be written with.
+const GATHER: Duration = Duration::from_millis(2);
 
 /// A log that is ready to be installed.
 pub struct Logging {
@@ -32,6 +36,22 @@ pub struct Logging {
     pub control: LogControl,
     /// Writes what still waits when it is dropped, for at most about a second.
     pub flush: LogFlush,
+}
+
+/// The writer's thread flushes when no more lines wait. It is faster than those who make them: without
+/// a pause it would write each by itself, and have to be woken for the next.
+struct Gathering<W: Write>(BufWriter<W>);
+
+impl<W: Write> Write for Gathering<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "the thread has nothing else to do")]
+    fn flush(&mut self) -> io::Result<()> {
+        thread::sleep(GATHER);
+        self.0.flush()
+    }
 }
 
 /// Keeps the writer's thread; dropped last.
@@ -51,8 +71,7 @@ impl Logging {
         let (lines, worker) = NonBlockingBuilder::default()
             .buffered_lines_limit(WAITING_LINES)
             .thread_name("culvert-log")
-            // The thread flushes when no more lines wait, so that a crowd of them is written together.
-            .finish(BufWriter::with_capacity(WRITTEN_TOGETHER, writer));
+            .finish(Gathering(BufWriter::with_capacity(WRITTEN_TOGETHER, writer)));
         let dropped = lines.error_counter();
         let (filter, handle) = reload::Layer::new(directives.targets());
         let layer = Layer::new().event_format(format).with_ansi(false).with_writer(lines);
